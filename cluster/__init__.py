@@ -1,0 +1,1 @@
+"""Ray lives here: the data pipeline, the trainer and its workers."""

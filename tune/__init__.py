@@ -1,0 +1,1 @@
+"""Ray Tune lives here: the search for the weights of the tasks."""

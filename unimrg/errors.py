@@ -1,0 +1,67 @@
+"""What can go wrong, as types: the message says what, where and how to mend it.
+
+    UnimrgError
+    ├── ConfigError          a knob is unknown, misspelt or out of range; raised before anything starts
+    ├── StorageError         a bucket, a folder or an object can't be reached, read or written
+    ├── DataError            the data set as a whole is unusable (no manifest, too many bad samples)
+    ├── SampleError          one sample is unusable: it is quarantined under `reason`, the run goes on
+    ├── CheckpointError      weights or a checkpoint can't be read, or don't fit the model
+    └── MissingExtraError    an optional package is needed; says which install line adds it
+"""
+
+from __future__ import annotations
+
+
+class UnimrgError(Exception):
+    """Base of every error a user can mend. Commands print it as one line and exit with status 2."""
+
+
+class ConfigError(UnimrgError):
+    """A configuration key or value that can't be used."""
+
+
+class StorageError(UnimrgError):
+    """Object storage or a folder that can't be reached, read or written."""
+
+
+class DataError(UnimrgError):
+    """A data set that can't be used as a whole."""
+
+
+class SampleError(UnimrgError):
+    """One unusable sample.
+
+    `reason` is a short kebab-case word from a closed list (a metric label, so it never holds a path);
+    `detail` says what was found.
+    """
+
+    REASONS = (
+        "missing-file",
+        "empty-file",
+        "not-an-image",
+        "corrupt-image",
+        "too-large",
+        "path-outside-folder",
+        "malformed-conversation",
+        "missing-label",
+        "unreadable-file",
+        "teacher-failed",
+    )
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        if reason not in self.REASONS:
+            raise ValueError(f"unknown quarantine reason {reason!r}")
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class CheckpointError(UnimrgError):
+    """Weights or a checkpoint that can't be read, or don't belong to the model."""
+
+
+class MissingExtraError(UnimrgError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}: pip install 'unimrg[{extra}]'")

@@ -1,0 +1,129 @@
+"""The nouns: what a task, a record, a sample and a loss are, with shapes.
+
+A `Record` is one image of a data set with everything asked about it. Teachers add `Labels`. Geometry and
+rendering turn both into a `Sample`: what a model family's processor reads. Row forms (`to_row`,
+`from_row`) are plain Arrow scalars, so that they travel through Ray Data and Parquet unchanged.
+
+Shape suffixes: H, W pixels of the original picture; S side of the square training picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+
+class Task(StrEnum):
+    """The four tasks of UniMRG (arXiv 2601.21406, section 3)."""
+
+    UNDERSTANDING = "understanding"
+    PIXEL = "pixel"
+    DEPTH = "depth"
+    SEGMENTATION = "segmentation"
+
+
+IMAGE_TASKS = (Task.PIXEL, Task.DEPTH, Task.SEGMENTATION)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; the image placeholder is not part of the text."""
+
+    question: str
+    answer: str
+
+
+Conversation = tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set (or none) and every conversation about it.
+
+    image: uint8 [H, W, 3] RGB, or None for a text-only record.
+    depth: what the data set brings along: inverse depth (bright = near) [H, W], float32 or uint16; or None.
+    masks: instance ids [H, W] integer, 0 = background; or None.
+    """
+
+    id: str
+    conversations: tuple[Conversation, ...]
+    image: np.ndarray | None = None
+    depth: np.ndarray | None = None
+    masks: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the teachers say of one image.
+
+    depth: uint8 [H, W], relative inverse depth stretched to 0..255 per image, bright = near.
+    segmentation: uint8 [H, W], region boundaries 255 on 0.
+    """
+
+    depth: np.ndarray | None = None
+    segmentation: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image in training geometry, its conversations and its drawings.
+
+    position: place in the epoch's order, the same for any number of workers; seeds every random draw.
+    image: uint8 [S, S, 3] or None (text only).
+    targets: uint8 [S, S, 3] for each image task present.
+    valid: (left, top, right, bottom) in pixels: the part of the square that is picture, not padding.
+    """
+
+    id: str
+    position: int
+    conversations: tuple[Conversation, ...]
+    image: np.ndarray | None = None
+    targets: dict[Task, np.ndarray] = field(default_factory=dict)
+    valid: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain scalars for Arrow; `from_row` restores the sample exactly."""
+        row: dict[str, Any] = {
+            "id": self.id,
+            "position": self.position,
+            "conversations": dump_conversations(self.conversations),
+            "side": 0 if self.image is None else int(self.image.shape[0]),
+            "valid": list(self.valid),
+            "image": None if self.image is None else self.image.tobytes(),
+        }
+        for task in IMAGE_TASKS:
+            target = self.targets.get(task)
+            row[task.value] = None if target is None else target.tobytes()
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Sample:
+        side = int(row["side"])
+
+        def picture(raw: bytes | None) -> np.ndarray | None:
+            return None if raw is None else np.frombuffer(raw, np.uint8).reshape(side, side, 3)
+
+        targets = {task: picture(row[task.value]) for task in IMAGE_TASKS}
+        left, top, right, bottom = (int(v) for v in row["valid"])
+        return cls(
+            id=row["id"],
+            position=int(row["position"]),
+            conversations=load_conversations(row["conversations"]),
+            image=picture(row["image"]),
+            targets={task: target for task, target in targets.items() if target is not None},
+            valid=(left, top, right, bottom),
+        )
+
+
+def dump_conversations(conversations: tuple[Conversation, ...]) -> str:
+    """Conversations as compact JSON: a list of lists of [question, answer]."""
+    return json.dumps([[[turn.question, turn.answer] for turn in c] for c in conversations], ensure_ascii=False)
+
+
+def load_conversations(text: str) -> tuple[Conversation, ...]:
+    """Inverse of `dump_conversations`."""
+    return tuple(tuple(Turn(q, a) for q, a in conversation) for conversation in json.loads(text))
