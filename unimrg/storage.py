@@ -1,0 +1,495 @@
+"""The one door to object storage: `s3://`, `gs://`, `file://` and plain folders, all through `pyarrow.fs`.
+
+    store = Store.at("s3://bucket/runs/a", S3Config(endpoint="http://minio:9000"))
+    store.write_bytes("notes/done.json", b"{}")       # visible only when complete, size checked afterwards
+    store.child("notes").read_bytes("done.json")
+
+Every failure is a `StorageError` of one sentence (what, where, how to mend), except a single object that is
+not there: that is a `FileNotFoundError`, since callers treat it as data. `pyarrow.fs.copy_files` and
+`delete_dir` are never used: the first reports success for uploads the server refused, the second fails on
+many S3-compatible stores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from unimrg.errors import StorageError
+
+# Seconds. A request is given up when not one byte moved for REQUEST_SECONDS; the SDK tries ATTEMPTS times.
+CONNECT_SECONDS = 5.0
+REQUEST_SECONDS = 15.0
+ATTEMPTS = 3
+CHUNK_BYTES = 8 << 20
+THREADS = 8
+
+# The SDK's new trailing checksums are refused by many S3-compatible stores (411 MissingContentLength).
+CHECKSUM_DEFAULTS = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
+
+
+@dataclass(frozen=True)
+class S3Config:
+    """How to reach an S3 store; what is empty comes from the usual AWS places.
+
+    Those are the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, …), the profile files in `~/.aws` and
+    the role of the machine. Keys never appear in `repr`.
+    """
+
+    endpoint: str = ""
+    region: str = ""
+    access_key: str = field(default="", repr=False)
+    secret_key: str = field(default="", repr=False)
+
+
+def aws_environment(s3: S3Config) -> dict[str, str]:
+    """Environment variables that give a worker process the same settings.
+
+    Only what `s3` or a custom endpoint says: keys that this process found in the usual AWS places are not
+    copied, workers find their own there.
+    """
+    found: dict[str, str] = {}
+    endpoint = _endpoint(s3)
+    if endpoint:
+        found["AWS_ENDPOINT_URL"] = endpoint
+        found |= {name: os.environ.get(name, value) for name, value in CHECKSUM_DEFAULTS.items()}
+    if s3.region:
+        found |= {"AWS_REGION": s3.region, "AWS_DEFAULT_REGION": s3.region}
+    if s3.access_key:
+        found |= {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+    return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object or folder.
+
+    path: relative to the store; size: bytes, None for a folder; mtime: seconds since 1970, None if unknown.
+    """
+
+    path: str
+    size: int | None
+    mtime: float | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        return self.size is None
+
+
+class Store:
+    """A folder in object storage or on disk. Connects on first use and pickles without its connection.
+
+    Paths are relative to the store, with `/`; `..` and empty names are refused. Create with `Store.at`.
+    """
+
+    def __init__(self, scheme: str, root: str, s3: S3Config = S3Config()) -> None:
+        self._scheme = scheme
+        self.root = root
+        self._s3 = s3
+        self._filesystem: pafs.FileSystem | None = None
+        self._bucket_seen = False
+
+    @classmethod
+    def at(cls, url: str, s3: S3Config = S3Config()) -> Store:
+        """`s3://bucket/prefix`, `gs://bucket/prefix`, `file:///folder` or a local path (relative, `~`).
+
+        Raises StorageError when the URL can't be used. Nothing is contacted yet.
+        """
+        scheme, _, rest = url.partition("://") if "://" in url else ("", "", url)
+        if scheme in ("s3", "gs"):
+            bucket = rest.split("/", 1)[0]
+            if "@" in bucket:  # the address would end up in logs: don't even repeat it here
+                raise StorageError(
+                    f"credentials don't belong into a {scheme}:// address; put them into S3Config"
+                )
+            if not bucket:
+                raise StorageError(f"{url!r} names no bucket; write {scheme}://bucket/prefix")
+            return cls(scheme, posixpath.join(bucket, *_parts(rest[len(bucket) :])), s3)
+        if scheme == "file":
+            host = urlsplit(url).netloc
+            if host not in ("", "localhost"):
+                raise StorageError(f"{url!r} names a host; write file:///folder with three slashes")
+            return cls("file", str(Path(unquote(rest[len(host) :])).absolute()))
+        if scheme:
+            raise StorageError(f"{url!r}: storage {scheme}:// is unknown; use s3://, gs:// or a path")
+        if not url:
+            raise StorageError("the storage address is empty; write s3://bucket/prefix or a folder")
+        return cls("file", os.path.normpath(Path(url).expanduser().absolute()))
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and (self.url, self._s3) == (other.url, other._s3)
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_filesystem": None}
+
+    @property
+    def is_local(self) -> bool:
+        return self._scheme == "file"
+
+    @property
+    def url(self) -> str:
+        """Address that `Store.at` takes back: `s3://…`, `gs://…` or an absolute local path."""
+        return self.root if self.is_local else f"{self._scheme}://{self.root}"
+
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow file system; `root` is this store's path inside it."""
+        if self._filesystem is None:
+            self._filesystem = _connect(self._scheme, self.root, self._s3)
+        return self._filesystem
+
+    def child(self, path: str) -> Store:
+        """The store of a folder inside this one; shares the connection."""
+        store = Store(self._scheme, self._key(path), self._s3)
+        store._filesystem, store._bucket_seen = self._filesystem, self._bucket_seen
+        return store
+
+    # Reading
+
+    def stat(self, path: str = "") -> Entry | None:
+        """What lies at `path`, or None. Raises StorageError when the store or its bucket can't be reached."""
+        key = self._key(path)
+        with self._explain("look at", path):
+            info = self.filesystem().get_file_info(key)
+        if info.type == pafs.FileType.NotFound:
+            self._check_bucket()
+            return None
+        return _entry(info, "/".join(_parts(path)))
+
+    def exists(self, path: str = "") -> bool:
+        """Is there an object, or anything below a folder, at `path`? Raises StorageError."""
+        return self.stat(path) is not None
+
+    def size(self, path: str) -> int | None:
+        """Bytes of the object, None when it is missing or a folder. Raises StorageError."""
+        found = self.stat(path)
+        return None if found is None else found.size
+
+    def open_input(self, path: str) -> pa.NativeFile:
+        """A readable, seekable file. Raises FileNotFoundError or StorageError; later reads raise OSError."""
+        with self._explain("read", path):
+            return self.filesystem().open_input_file(self._key(path))
+
+    def read_bytes(self, path: str, limit: int | None = None) -> bytes:
+        """The object, or its first `limit` bytes. Raises FileNotFoundError or StorageError."""
+        with self._explain("read", path), self.filesystem().open_input_file(self._key(path)) as source:
+            return source.read() if limit is None else source.read(limit)
+
+    def list(self, path: str = "", recursive: bool = False) -> list[Entry]:
+        """What lies in the folder, sorted by path; recursive: all objects below it, without the folders.
+
+        A folder that doesn't exist is empty, as in object storage. Raises StorageError.
+        """
+        key = self._key(path)
+        selector = pafs.FileSelector(key, recursive=recursive, allow_not_found=True)
+        with self._explain("list", path):
+            infos = self.filesystem().get_file_info(selector)
+        if not infos:
+            self._check_bucket()
+        entries = [_entry(info, posixpath.relpath(info.path, self.root)) for info in infos]
+        return sorted((e for e in entries if not (recursive and e.is_folder)), key=lambda e: e.path)
+
+    def download(self, path: str, local_folder: str | os.PathLike[str]) -> None:
+        """Copy the folder (or the one object) at `path` into `local_folder`; sizes are checked.
+
+        Raises FileNotFoundError when nothing is there, else StorageError.
+        """
+        found = self.stat(path)
+        if found is None:
+            raise FileNotFoundError(f"{self._where(path)} does not exist")
+        entries = self.list(path, recursive=True) if found.is_folder else [found]
+        base = "/".join(_parts(path)) if found.is_folder else posixpath.dirname(found.path)
+        root = Path(local_folder)
+        targets = [root.joinpath(*_parts(posixpath.relpath(entry.path, base or "."))) for entry in entries]
+        _run_all([partial(self._fetch, e, target) for e, target in zip(entries, targets, strict=True)])
+
+    # Writing
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write one object atomically: readers see the old content or the new one, never a part.
+
+        Local: temporary file and rename. S3: one PUT, or one multipart upload for large data. The
+        size is read back. Raises StorageError.
+        """
+        self._put(path, partial(_write_all, data), len(data))
+
+    def upload(self, local_folder: str | os.PathLike[str], path: str) -> None:
+        """Copy every file below `local_folder` to `path`; each one's size is read back.
+
+        Raises StorageError at the first file that isn't there in full afterwards.
+        """
+        folder = Path(local_folder)
+        if not folder.is_dir():
+            raise StorageError(f"can't upload {folder}: there is no such folder")
+        files = sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names)
+        targets = [posixpath.join(*_parts(path), *file.relative_to(folder).parts) for file in files]
+        _run_all([partial(self._send, file, target) for file, target in zip(files, targets, strict=True)])
+
+    def delete(self, path: str) -> None:
+        """Delete the object, or all below the folder; fine if nothing is there. Raises StorageError."""
+        key = self._key(path)
+        if not key.strip("/") or (not self.is_local and "/" not in key):
+            raise StorageError(f"refusing to delete all of {self.url}; name a folder inside it")
+        found = self.stat(path)
+        if found is None:
+            return
+        entries = self.list(path, recursive=True) if found.is_folder else [found]
+        _run_all([partial(self._remove, entry.path) for entry in entries])
+        if not found.is_folder:
+            return
+        if self.is_local:  # only empty folders are left
+            with self._explain("delete", path):
+                shutil.rmtree(key)
+        else:  # pyarrow leaves an empty object that stands for the folder
+            with contextlib.suppress(OSError):
+                self.filesystem().delete_dir(key)
+
+    # Checks before a run starts
+
+    def check_readable(self) -> None:
+        """Raises StorageError unless something lies at this address and may be read."""
+        if self.stat() is None:
+            raise StorageError(f"there is nothing at {self.url}; check the spelling, or put the data there")
+
+    def check_writable(self) -> None:
+        """Writes, reads back and deletes a tiny object. Raises StorageError."""
+        path, content = f".unimrg-probe-{secrets.token_hex(6)}", b"unimrg"
+        self.write_bytes(path, content)
+        try:
+            if self.read_bytes(path) != content:
+                raise StorageError(f"{self._where(path)} was written but reads back differently")
+        except FileNotFoundError as error:
+            raise StorageError(f"{self._where(path)} was written but can't be found again") from error
+        self.delete(path)
+
+    # Inside
+
+    def _key(self, path: str) -> str:
+        return posixpath.join(self.root, *_parts(path))
+
+    def _where(self, path: str) -> str:
+        return posixpath.join(self.url, *_parts(path))
+
+    @contextlib.contextmanager
+    def _explain(self, verb: str, path: str) -> Iterator[None]:
+        """Turns what pyarrow and the system raise into the errors of this module."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            self._check_bucket()
+            if verb == "write":  # a folder that can't be made, or a source file that vanished
+                raise StorageError(f"can't write {self._where(path)}: {error}") from error
+            raise FileNotFoundError(f"{self._where(path)} does not exist") from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            endpoint = "" if self._scheme != "s3" else _endpoint(self._s3)
+            raise StorageError(explain(verb, self._where(path), endpoint, error)) from error
+
+    def _check_bucket(self) -> None:
+        """A missing bucket looks like a missing object to pyarrow; tell them apart, asking once per store."""
+        if self.is_local or self._bucket_seen:
+            return
+        bucket = self.root.split("/", 1)[0]
+        try:
+            missing = self.filesystem().get_file_info(bucket).type == pafs.FileType.NotFound
+        except OSError:  # some roles may read objects but not look at the bucket
+            missing = False
+        if missing:
+            at = f" at {_endpoint(self._s3)}" if self._scheme == "s3" and _endpoint(self._s3) else ""
+            raise StorageError(_no_bucket(self._scheme, bucket, at))
+        self._bucket_seen = True
+
+    def _put(self, path: str, produce: Callable[[BinaryIO | pa.NativeFile], None], size: int) -> None:
+        """Write one object of `size` bytes through `produce(stream)` and check that it arrived."""
+        key = self._key(path)
+        with self._explain("write", path):
+            if self.is_local:
+                _write_local(Path(key), produce)
+            else:
+                try:
+                    with self.filesystem().open_output_stream(key) as sink:
+                        produce(sink)
+                except BaseException:
+                    # Leaving the block closes the stream, which commits what was written so far.
+                    with contextlib.suppress(OSError):
+                        self.filesystem().delete_file(key)
+                    raise
+            arrived = self.filesystem().get_file_info(key).size
+        if arrived != size:
+            raise StorageError(f"{self._where(path)} holds {arrived} of {size} bytes; the store lost data")
+
+    def _send(self, file: Path, path: str) -> None:
+        with self._explain("write", path), open(file, "rb") as source:
+            copy = partial(shutil.copyfileobj, source, length=CHUNK_BYTES)
+            self._put(path, copy, os.fstat(source.fileno()).st_size)
+
+    def _fetch(self, entry: Entry, target: Path) -> None:
+        key = self._key(entry.path)
+        with self._explain("read", entry.path), self.filesystem().open_input_file(key) as source:
+            _write_local(target, lambda sink: shutil.copyfileobj(source, sink, CHUNK_BYTES))
+        if target.stat().st_size != entry.size:
+            raise StorageError(f"{self._where(entry.path)} was cut short while reading; try again")
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
+            self.filesystem().delete_file(self._key(path))
+
+
+DENIED = re.compile(
+    r"AWS Error (ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
+    r"|EXPIRED_TOKEN|INVALID_SIGNATURE|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT"
+    r"|UNKNOWN [(]HTTP status 40[13])|PERMISSION_DENIED|UNAUTHENTICATED|ExpiredToken"
+)
+
+
+def explain(verb: str, where: str, endpoint: str, error: Exception) -> str:
+    """One sentence about a failed call: what, where, how to mend. `verb`: "read", "write", …"""
+    text = " ".join(str(error).split())
+    at = f" at {endpoint}" if endpoint else ""
+    if "NO_SUCH_BUCKET" in text:
+        return _no_bucket(where.split("://")[0], where.split("://")[-1].split("/")[0], at)
+    if DENIED.search(text):
+        aws = "S3Config, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role"
+        google = "GOOGLE_APPLICATION_CREDENTIALS or the machine's service account"
+        places = google if where.startswith("gs://") else aws
+        return f"access denied: can't {verb} {where}{at}; check the keys in {places}, and what they may do"
+    if "NETWORK_CONNECTION" in text:
+        why = _network(text) + (at or " at AWS")
+        return f"can't {verb} {where}: {why}; check the endpoint and that it is up"
+    if re.search(r"PERMANENT_REDIRECT|HTTP status 301|AuthorizationHeaderMalformed", text):
+        return f"can't {verb} {where}: the bucket is in another region; set the region"
+    if isinstance(error, PermissionError):
+        return f"can't {verb} {where}: the file permissions forbid it"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"can't {verb} {where}: a file stands where a folder is needed"
+    reason = (error.strerror if isinstance(error, OSError) and error.strerror else None) or text
+    return f"can't {verb} {where}{at}: {re.sub(r' *[(]Request ID: [^)]*[)]', '', reason)[:300]}"
+
+
+def _network(text: str) -> str:
+    found = re.search(r"curlCode: (\d+)", text)
+    words = {
+        "6": "no such host",
+        "7": "connection refused",
+        "28": "no answer in time",
+        "35": "TLS does not work (is it http:// instead of https://?)",
+        "60": "the TLS certificate is not trusted (AWS_CA_BUNDLE names your own authority)",
+    }
+    return words.get(found.group(1) if found else "", "no connection")
+
+
+def _no_bucket(scheme: str, bucket: str, at: str) -> str:
+    return f"there is no bucket {scheme}://{bucket}{at}; check the name, or create it"
+
+
+def _parts(path: str) -> list[str]:
+    """The names of a relative path. Raises StorageError for `..`, which would leave the store."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise StorageError(f"path {path!r} leaves its folder; write it without '..'")
+    return parts
+
+
+def _entry(info: pafs.FileInfo, path: str) -> Entry:
+    mtime = None if info.mtime is None else info.mtime.timestamp()
+    return Entry(path, info.size if info.type == pafs.FileType.File else None, mtime)
+
+
+def _endpoint(s3: S3Config) -> str:
+    return s3.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3", "") or os.environ.get("AWS_ENDPOINT_URL", "")
+
+
+def _connect(scheme: str, root: str, s3: S3Config) -> pafs.FileSystem:
+    """A pyarrow file system with bounded waits. Raises StorageError for settings that can't be used."""
+    if scheme == "file":
+        return pafs.LocalFileSystem()
+    if scheme == "gs":
+        return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=ATTEMPTS * REQUEST_SECONDS))
+    if bool(s3.access_key) != bool(s3.secret_key):
+        raise StorageError(f"s3://{root}: access_key and secret_key go together; set both or none")
+    endpoint = _endpoint(s3)
+    options: dict[str, Any] = {}
+    if endpoint:
+        for name, value in CHECKSUM_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        found = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        if found.scheme not in ("http", "https") or not found.netloc or found.path.strip("/"):
+            raise StorageError(f"endpoint {endpoint!r} is no address; write http://host:port or https://host")
+        options |= {"endpoint_override": found.netloc, "scheme": found.scheme}
+    if s3.access_key:
+        options |= {"access_key": s3.access_key, "secret_key": s3.secret_key}
+    return pafs.S3FileSystem(
+        region=_region(s3, endpoint, root.split("/", 1)[0]),
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=REQUEST_SECONDS,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        allow_delayed_open=True,  # small objects become one PUT instead of a multipart upload
+        **options,
+    )
+
+
+def _region(s3: S3Config, endpoint: str, bucket: str) -> str | None:
+    """As configured; AWS itself can be asked where a bucket lives, other stores mostly don't care."""
+    named = s3.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if named or endpoint:
+        return named or "us-east-1"
+    try:
+        return str(pafs.resolve_s3_region(bucket))
+    except OSError:  # missing bucket or no network: the first real request says so better
+        return None
+
+
+def _write_all(data: bytes, sink: BinaryIO | pa.NativeFile) -> None:
+    sink.write(data)
+
+
+def _write_local(target: Path, produce: Callable[[BinaryIO], None]) -> None:
+    """Temporary file beside `target`, flushed to disk, then renamed over it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "wb") as sink:
+            produce(sink)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _run_all(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run in a few threads; the first error is raised and what hasn't started is dropped."""
+    if len(jobs) <= 1:
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(min(THREADS, len(jobs))) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
