@@ -263,9 +263,8 @@ class Store:
         if self.is_local:  # only empty folders are left
             with self._explain("delete", path):
                 shutil.rmtree(key)
-        else:  # pyarrow leaves an empty object that stands for the folder
-            with contextlib.suppress(OSError):
-                self.filesystem().delete_dir(key)
+        else:
+            self._remove_markers(key)
 
     # Checks before a run starts
 
@@ -355,6 +354,20 @@ class Store:
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
             self.filesystem().delete_file(self._key(path))
+
+    def _remove_markers(self, key: str) -> None:
+        """Remove the empty objects that pyarrow leaves to stand for folders.
+
+        Deepest first: `delete_dir` of a folder without children is a plain DELETE, which every store can do.
+        """
+        with contextlib.suppress(OSError):  # a marker that stays is ugly, not wrong
+            below = self.filesystem().get_file_info(
+                pafs.FileSelector(key, recursive=True, allow_not_found=True)
+            )
+            if all(info.type == pafs.FileType.Directory for info in below):
+                for folder in sorted((info.path for info in below), key=len, reverse=True):
+                    self.filesystem().delete_dir(folder)
+                self.filesystem().delete_dir(key)
 
 
 DENIED = re.compile(
