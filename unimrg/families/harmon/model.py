@@ -1,0 +1,256 @@
+"""Harmon: a causal language model and a masked auto-regressive image model that share one picture encoder.
+
+Written from the description in arXiv 2503.21979 (Harmon) and arXiv 2406.11838 (MAR). Understanding and
+drawing see a picture through the same MAR encoder; drawing adds the language model's states to the encoder's
+own output, fills in the masked cells with the MAR decoder and models every latent with a diffusion head.
+
+Legend: B pictures, I condition pictures, G targets, L latent cells, BUF buffer tokens, V visible target
+cells (all targets), T packed tokens, H width of the language model, W width of MAR, C latent channels,
+M masked cells that count, K draws of noise per cell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2ForCausalLM
+
+from unimrg.attention import IMPLEMENTATION, NO_MASK
+from unimrg.errors import ConfigError
+from unimrg.families.base import DrawOptions, Family
+from unimrg.families.harmon import generate
+from unimrg.families.harmon.config import HarmonConfig
+from unimrg.families.harmon.mar import MAR
+from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
+from unimrg.families.harmon.vae import KLVAE
+from unimrg.losses import TaskLoss
+from unimrg.sample import IMAGE_TASKS, Task
+
+
+class States(NamedTuple):
+    """What the losses are computed from.
+
+    latents: [B, L, C] of all pictures, conditions first. condition: [I, BUF + L, H], buffers first.
+    target_encoded: [V + G * BUF, W], buffers first per target. hidden: [T, H] after the final norm.
+    """
+
+    latents: Tensor
+    condition: Tensor
+    target_encoded: Tensor | None
+    hidden: Tensor
+
+
+class ImageRows(NamedTuple):
+    """Both loss terms of every masked cell that counts: mse and vb [K, M]; decoder_in and decoded for tests."""
+
+    mse: Tensor
+    vb: Tensor
+    decoder_in: Tensor
+    decoded: Tensor
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
+def _projector(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+class Harmon(Family):
+    """The whole model; parameter names are the published ones, with the autoencoder under `vae.`."""
+
+    config_class = HarmonConfig
+    base_model_prefix = ""
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
+
+    PARTS = ("llm", "mar_encoder", "mar_decoder", "proj_in", "proj_out")
+
+    def __init__(self, config: HarmonConfig) -> None:
+        super().__init__(config)
+        self.vae = KLVAE(config.vae).requires_grad_(False)
+        self.mar = MAR(config.mar)
+        self.llm = Qwen2ForCausalLM._from_config(config.llm, attn_implementation=IMPLEMENTATION)
+        hidden = config.llm.hidden_size
+        self.proj_in = _projector(config.mar.encoder_width, hidden, hidden)
+        self.proj_out = _projector(hidden, hidden, config.mar.encoder_width)
+        self.grid = config.grid_of(config.image_size, config.image_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parts initialise themselves; the language model by its own library's rule."""
+
+    def train(self, mode: bool = True) -> Harmon:
+        """The autoencoder is frozen: it never leaves evaluation mode."""
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    # -- the loss --------------------------------------------------------------------------------------------
+
+    def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:
+        """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
+        states = self.states(batch)
+        losses = {}
+        if len(batch.label_index):
+            losses[Task.UNDERSTANDING] = self._text_loss(states.hidden, batch)
+        if batch.visible_lengths:
+            rows = self.image_rows(states, batch, *self.draw_noise(batch))
+            per_cell = (rows.mse + rows.vb).float().sum(0) * batch.row_weight
+            sums = per_cell.new_zeros(len(IMAGE_TASKS)).index_add(0, batch.row_task, per_cell)
+            for number, task in enumerate(IMAGE_TASKS):
+                losses[task] = TaskLoss(sums[number], batch.counts[task])
+        return losses
+
+    def states(self, batch: HarmonBatch) -> States:
+        """One pass over every picture, every visible target cell and every packed token."""
+        pictures = torch.cat([batch.images, batch.extra_images])
+        latents = self.encode_pictures(pictures)
+        condition = self.embed_pictures(latents[: len(batch.images)])
+        encoded = None
+        parts = [condition.flatten(0, 1)]
+        if batch.visible_lengths:
+            target_cells = latents[batch.target_source].flatten(0, 1)
+            visible = target_cells[self._visible_rows(batch)]
+            encoded = self.mar.encode_ragged(visible, batch.visible_cells, list(batch.visible_lengths), self.grid)
+            parts.append(self.proj_in(encoded))
+        parts.append(self.llm.get_input_embeddings()(batch.token_ids))
+        embeds = torch.cat(parts).index_select(0, batch.source_index)
+        hidden = self.llm.model(
+            inputs_embeds=embeds.unsqueeze(0),
+            position_ids=batch.position_ids.unsqueeze(0),
+            attention_mask=NO_MASK,
+            plan=batch.plan,
+            use_cache=False,
+        ).last_hidden_state[0]
+        return States(latents, condition, encoded, hidden)
+
+    def _visible_rows(self, batch: HarmonBatch) -> Tensor:
+        """int64 [V]: rows of the visible cells in the flattened [G, L]."""
+        lengths = torch.tensor(batch.visible_lengths)
+        first = torch.repeat_interleave(torch.arange(len(lengths)) * math.prod(self.grid), lengths)
+        return batch.visible_cells + first.to(batch.visible_cells.device)
+
+    def _text_loss(self, hidden: Tensor, batch: HarmonBatch) -> TaskLoss:
+        """Cross-entropy at the positions that predict an answer token; no other logits are computed."""
+        logits = self.llm.lm_head(hidden.index_select(0, batch.label_index)).float()
+        terms = cross_entropy(logits, batch.label_ids, reduction="none") * batch.label_weight
+        return TaskLoss(terms.sum(), batch.counts[Task.UNDERSTANDING])
+
+    def draw_noise(self, batch: HarmonBatch) -> tuple[Tensor, Tensor]:
+        """Timesteps int64 [K, M] and noise [K, M, C]: a function of each target's seed alone."""
+        device = batch.loss_rows.device
+        draws, cells = self.config.mar.diffusion_batch_mul, math.prod(self.grid)
+        generator = torch.Generator(device)
+        steps, noise = [], []
+        for seed in batch.noise_seeds:
+            generator.manual_seed(seed)
+            steps.append(torch.randint(1000, (draws, cells), generator=generator, device=device))
+            shape = (draws, cells, self.config.mar.token_width)
+            noise.append(torch.randn(shape, generator=generator, device=device))
+        rows = batch.loss_rows
+        return torch.cat(steps, 1)[:, rows], torch.cat(noise, 1)[:, rows]
+
+    def image_rows(self, states: States, batch: HarmonBatch, timesteps: Tensor, noise: Tensor) -> ImageRows:
+        """Decode the targets and score their masked cells with the diffusion head."""
+        assert states.target_encoded is not None
+        from_text = self.proj_out(states.hidden.index_select(0, batch.hidden_index))
+        decoder_in = states.target_encoded + from_text
+        decoded = self.mar.decode_ragged(decoder_in, batch.visible_cells, list(batch.visible_lengths), self.grid)
+        condition = decoded.flatten(0, 1).index_select(0, batch.loss_rows)
+        target = states.latents[batch.target_source].flatten(0, 1).index_select(0, batch.loss_rows)
+        draws = len(timesteps)
+        mse, vb = self.mar.diffloss.row_losses(
+            target, condition, timesteps.flatten(), noise.flatten(0, 1), repeats=draws
+        )
+        return ImageRows(mse.view(draws, -1), vb.view(draws, -1), decoder_in, decoded)
+
+    # -- pictures --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] to latents [B, L, C]."""
+        dtype = next(self.vae.parameters()).dtype
+        pixels = (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
+        if not len(pictures):
+            return pixels.new_zeros(0, math.prod(self.grid), self.config.mar.token_width)
+        return self.vae.tokenize(self.vae.encode(pixels), self.config.mar.patch_size).flatten(1, 2)
+
+    @torch.no_grad()
+    def decode_pictures(self, latents: Tensor) -> Tensor:
+        """Latents [B, L, C] to uint8 [B, S, S, 3]."""
+        pixels = self.vae.decode_tokens(latents.unflatten(1, self.grid), self.config.mar.patch_size)
+        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def embed_pictures(self, latents: Tensor) -> Tensor:
+        """Whole pictures as the language model sees them, buffers first: [I, BUF + L, H]."""
+        if not len(latents):
+            return latents.new_zeros(0, 1, self.config.llm.hidden_size)
+        embedded = self.proj_in(self.mar.encode(latents, self.grid, None))
+        return _ScaleGradient.apply(embedded, self.config.grad_scale)
+
+    # -- use -------------------------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        processor: HarmonProcessor,
+        images: Sequence[np.ndarray | None],
+        questions: Sequence[str],
+        max_new_tokens: int = 128,
+    ) -> list[str]:
+        """Greedy answers, cached decoding."""
+        return generate.answer(self, processor, images, questions, max_new_tokens)
+
+    def draw(
+        self, processor: HarmonProcessor, images: Sequence[np.ndarray], task: Task, options: DrawOptions
+    ) -> list[np.ndarray]:
+        """Redraw pictures, or draw their depth or segmentation."""
+        return generate.draw(self, processor, images, task, options)
+
+    # -- freezing --------------------------------------------------------------------------------------------
+
+    def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:
+        """Stop training `parts` (of `PARTS`); without a drawing task also what only drawing uses.
+
+        Raises ConfigError for an unknown part.
+        """
+        unknown = set(parts) - set(self.PARTS)
+        if unknown:
+            raise ConfigError(f"family.freeze: no part named {sorted(unknown)[0]!r}; parts are {', '.join(self.PARTS)}")
+        frozen = set(parts)
+        if not set(tasks) & set(IMAGE_TASKS):
+            frozen |= {"mar_decoder", "proj_out"}
+        for name, parameter in self._named_parts():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+    def _named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        decoder = ("decoder_", "mask_token", "diffusion_pos_embed", "diffloss")
+        shared = ("fake_latent", "class_emb")
+        for name, parameter in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "mar":
+                if rest.startswith(decoder):
+                    yield "mar_decoder", parameter
+                elif not rest.startswith(shared):
+                    yield "mar_encoder", parameter
+            else:
+                yield part, parameter
