@@ -9,6 +9,10 @@ import pytest
 from tests.s3 import S3Server, juicefs_binary, run_s3_server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-dir", help="golden numbers: DIR/<family>/<case>/ (default: the bundled ones)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
