@@ -108,7 +108,7 @@ class Harmon(Family):
 
     def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
-        states = self.states(batch)
+        states = self.states(batch, self.encode_pictures(torch.cat([batch.images, batch.extra_images])))
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self._text_loss(states.hidden, batch)
@@ -120,10 +120,11 @@ class Harmon(Family):
                 losses[task] = TaskLoss(sums[number], batch.counts[task])
         return losses
 
-    def states(self, batch: HarmonBatch) -> States:
-        """One pass over every picture, every visible target cell and every packed token."""
-        pictures = torch.cat([batch.images, batch.extra_images])
-        latents = self.encode_pictures(pictures)
+    def states(self, batch: HarmonBatch, latents: Tensor) -> States:
+        """One pass over every condition picture, every visible target cell and every packed token.
+
+        latents: [B, L, C] of the batch's pictures, conditions first.
+        """
         condition = self.embed_pictures(latents[: len(batch.images)])
         encoded = None
         parts = [condition.flatten(0, 1)]
