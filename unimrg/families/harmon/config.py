@@ -90,9 +90,10 @@ class HarmonConfig(PreTrainedConfig):
     model_type = "harmon_unimrg"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"llm": Qwen2Config}
 
-    vae: VAEConfig | dict | None = None
-    mar: MARConfig | dict | None = None
-    llm: Qwen2Config | dict | None = None
+    # Dictionaries or nothing until `__post_init__` has run.
+    vae: VAEConfig = None  # type: ignore[assignment]
+    mar: MARConfig = None  # type: ignore[assignment]
+    llm: Qwen2Config = None
     grad_scale: float = 0.1
     image_size: int = 512
 

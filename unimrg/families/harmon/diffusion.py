@@ -37,7 +37,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, t_N: Tensor) -> Tensor:
         index = torch.arange(FREQUENCIES, dtype=torch.float32, device=t_N.device)
         angle = t_N.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * index / FREQUENCIES)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp.get_parameter("0.weight").dtype)
+        )
 
 
 class ResBlock(nn.Module):
@@ -108,11 +110,11 @@ class HeadNetwork(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for index in (0, 2):
-            nn.init.normal_(self.time_embed.mlp[index].weight, std=0.02)
-        closed = [block.adaLN_modulation[1] for block in self.res_blocks]
-        for linear in (*closed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(linear.weight)
+        for name in ("0.weight", "2.weight"):
+            nn.init.normal_(self.time_embed.mlp.get_parameter(name), std=0.02)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
 
 class DiffusionHead(nn.Module):

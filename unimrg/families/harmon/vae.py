@@ -112,22 +112,40 @@ class Level(nn.Module):
         return x_BCHW
 
 
+class DownLevel(Level):
+    """A level of the encoder; halves rows and columns behind its blocks if `halve`."""
+
+    def __init__(self, width_in: int, width: int, config: VAEConfig, attention: bool, halve: bool) -> None:
+        super().__init__(width_in, width, config.blocks_per_level, config, attention)
+        self.downsample = Downsample(width) if halve else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.downsample(super().forward(x_BCHW))
+
+
+class UpLevel(Level):
+    """A level of the decoder, with one block more; doubles rows and columns behind its blocks if `double`."""
+
+    def __init__(self, width_in: int, width: int, config: VAEConfig, double: bool) -> None:
+        super().__init__(width_in, width, config.blocks_per_level + 1, config)
+        self.upsample = Upsample(width) if double else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.upsample(super().forward(x_BCHW))
+
+
 class Encoder(nn.Module):
     """Pictures to twice the latent channels, full resolution (level 0) first."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.base_width * m for m in config.multipliers]
-        last = len(widths) - 1
+        inputs, last = [config.base_width, *widths[:-1]], len(widths) - 1
         self.conv_in = conv3x3(3, config.base_width)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            width_in = widths[i - 1] if i else config.base_width
-            attention = i in config.encoder_attention_levels
-            level = Level(width_in, width, config.blocks_per_level, config, attention)
-            if i < last:
-                level.downsample = Downsample(width)
-            self.down.append(level)
+        self.down = nn.ModuleList(
+            DownLevel(inputs[i], widths[i], config, i in config.encoder_attention_levels, halve=i < last)
+            for i in range(len(widths))
+        )
         self.mid = Middle(widths[-1], config)
         self.norm_out = group_norm(widths[-1], config)
         self.conv_out = conv3x3(widths[-1], 2 * config.latent_channels)
@@ -136,8 +154,6 @@ class Encoder(nn.Module):
         h = self.conv_in(x_B3HW)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -147,15 +163,12 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.base_width * m for m in config.multipliers]
-        last = len(widths) - 1
+        inputs = [*widths[1:], widths[-1]]
         self.conv_in = conv3x3(config.latent_channels, widths[-1])
         self.mid = Middle(widths[-1], config)
-        self.up = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = Level(widths[min(i + 1, last)], width, config.blocks_per_level + 1, config)
-            if i > 0:
-                level.upsample = Upsample(width)
-            self.up.append(level)
+        self.up = nn.ModuleList(
+            UpLevel(inputs[i], widths[i], config, double=i > 0) for i in range(len(widths))
+        )
         self.norm_out = group_norm(widths[0], config)
         self.conv_out = conv3x3(widths[0], 3)
 
@@ -163,8 +176,6 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
