@@ -70,6 +70,24 @@ class Family(PreTrainedModel):
     def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:
         """Stop training the named parts, and whatever `tasks` don't use."""
 
+    NO_DECAY: tuple[str, ...] = ()
+    """Words in the names of parameters that weight decay leaves alone."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two optimiser groups of the trained parameters: decayed, and not.
+
+        Not decayed: one-dimensional tensors, biases, and names that contain a word of `NO_DECAY`.
+        """
+        groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                exempt = parameter.ndim == 1 or name.endswith(".bias") or any(w in name for w in self.NO_DECAY)
+                groups[not exempt].append(parameter)
+        return [
+            {"params": groups[True], "weight_decay": weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ]
+
     @property
     def device_of_weights(self) -> torch.device:
         return next(self.parameters()).device

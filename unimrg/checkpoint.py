@@ -1,0 +1,162 @@
+"""Checkpoints: a training state as one atomic unit, and weights files read without running their code.
+
+A training checkpoint is a folder: the engine's files (every rank writes its own), `rng-<rank>.pt`, and
+`state.json` (step, position, ranks, engine, config) by rank 0. It counts only when `COMPLETE` lies in it:
+a list of all files and their sizes, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimrg.engine import Engine, world
+from unimrg.errors import CheckpointError
+from unimrg.storage import Store
+
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. step: optimiser steps done. position: the next sample of the epochs' order.
+
+    ranks, batch_size: how it was run. config: the resolved configuration, without secrets.
+    """
+
+    step: int
+    position: int
+    ranks: int
+    batch_size: int
+    config: dict[str, Any]
+
+
+def save_training(folder: Path, engine: Engine, progress: Progress) -> None:
+    """Write this rank's share of a checkpoint into `folder`; every rank calls it with a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.save(folder)
+    rank, _ = world()
+    torch.save(_rng_state(), folder / f"rng-{rank}.pt")
+    if rank == 0:
+        (folder / STATE).write_text(json.dumps(asdict(progress), indent=1))
+
+
+def load_training(folder: Path, engine: Engine) -> Progress:
+    """Restore this rank from a whole checkpoint folder.
+
+    Raises CheckpointError when it was written by another number of ranks or can't be read.
+    """
+    progress = read_progress(folder)
+    rank, ranks = world()
+    if progress.ranks != ranks:
+        raise CheckpointError(
+            f"{folder} was written by {progress.ranks} workers and can't be continued by {ranks}; "
+            f"set cluster.workers={progress.ranks}"
+        )
+    engine.load(folder)
+    rng = folder / f"rng-{rank}.pt"
+    _restore_rng(torch.load(rng, weights_only=True))
+    return progress
+
+
+def read_progress(folder: Path) -> Progress:
+    """`state.json` of a checkpoint folder."""
+    try:
+        return Progress(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} holds no readable {STATE} ({error}); remove it and continue") from error
+
+
+def mark_complete(store: Store, name: str) -> None:
+    """Write the list of a stored checkpoint's files and sizes, after all of them."""
+    files = {entry.path: entry.size for entry in store.list(name, recursive=True) if not entry.is_folder}
+    store.write_bytes(f"{name}/{COMPLETE}", json.dumps(files, indent=1).encode())
+
+
+def is_complete(store: Store, name: str) -> bool:
+    """Whether a stored checkpoint has its list and every file on it, in full."""
+    try:
+        listed = json.loads(store.read_bytes(f"{name}/{COMPLETE}"))
+    except (FileNotFoundError, ValueError):
+        return False
+    there = {entry.path: entry.size for entry in store.list(name, recursive=True)}
+    return all(there.get(path) == size for path, size in listed.items())
+
+
+def _rng_state() -> dict[str, Any]:
+    """All random states as tensors and plain values, loadable with `weights_only`."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, [int(k) for k in keys], *(float(r) if isinstance(r, float) else int(r) for r in rest)],
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+
+
+# -- weights of others -----------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of a pickle that loads with `weights_only`.
+
+    Wrappers `state_dict`, `model` and `module`, and a `module.` before every name, are taken off.
+    Raises CheckpointError: no such file, damaged, or a pickle that wants to run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}; give a file or a folder of save_pretrained")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each library has its own kinds; all mean an unusable file
+        raise CheckpointError(
+            f"{path} can't be read safely ({str(error).splitlines()[0]}); only safetensors, or pickles of plain tensors, "
+            "are loaded: convert it where you trust it"
+        ) from error
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
+            raw = raw[wrapper]
+    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
+        raise CheckpointError(f"{path} is no state dict; it must map names to tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in raw.items()}
+
+
+def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()) -> None:
+    """Load every key; names starting with one of `absent` may be missing.
+
+    Raises CheckpointError listing missing, unexpected and wrongly shaped keys.
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in state and not k.startswith(absent)] if absent else [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{source} doesn't fit the model: {'; '.join(problems)}; check family.variant")
+    module.load_state_dict(state, strict=not absent)

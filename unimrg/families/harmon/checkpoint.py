@@ -1,0 +1,94 @@
+"""Harmon from fresh or published weights, and back.
+
+Published files: a flat state dict (`llm.`, `mar.`, `proj_in.`, `proj_out.`; the autoencoder is separate) and
+`kl16.ckpt` for the autoencoder. Parameter names are ours unchanged, so both ways are the identity but for
+the `vae.` prefix and the tied `llm.lm_head.weight`, which may be in a file or not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from unimrg.checkpoint import load_strictly, read_state_dict
+from unimrg.errors import CheckpointError, ConfigError
+from unimrg.families.harmon.config import VARIANTS, HarmonConfig
+from unimrg.families.harmon.model import Harmon
+from unimrg.families.harmon.tokenizer import TINY_FOLDER, load_tokenizer
+
+TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
+TIED = "llm.lm_head.weight"
+
+
+def variant_config(variant: str) -> HarmonConfig:
+    """The named size. Raises ConfigError for an unknown name."""
+    from unimrg.config import require_choice
+
+    require_choice("family.variant", variant, VARIANTS)
+    return VARIANTS[variant]()
+
+
+def fresh(config: HarmonConfig, seed: int, tiny: bool) -> Harmon:
+    """New weights from a seed; the tiny size has a trained autoencoder of its own."""
+    torch.manual_seed(seed)
+    model = Harmon(config)
+    if tiny:
+        load_strictly(model.vae, read_state_dict(TINY_VAE), str(TINY_VAE))
+    return model
+
+
+def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
+    """A folder of `save_pretrained`, every key accounted for.
+
+    Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
+    """
+    options = {} if dropout is None else {"config": with_dropout(HarmonConfig.from_pretrained(folder), dropout)}
+    try:
+        model, info = Harmon.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
+        raise CheckpointError(f"{folder} can't be loaded ({str(error).splitlines()[0]}); give a folder of save_pretrained") from error
+    wrong = [f"{key}: {sorted(info[key])[:3]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    if wrong:
+        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
+    return model
+
+
+def from_published(config: HarmonConfig, weights: Path, vae_weights: Path) -> Harmon:
+    """The published flat file and the autoencoder's."""
+    model = Harmon(config)
+    state = read_state_dict(weights)
+    state.setdefault(TIED, state.get("llm.model.embed_tokens.weight", torch.empty(0)))
+    vae = {f"vae.{name.removeprefix('vae.')}": t for name, t in read_state_dict(vae_weights).items()}
+    own = model.state_dict()
+    # kl16.ckpt also carries its training losses; only what the autoencoder has is wanted, and all of that.
+    state |= {name: tensor for name, tensor in vae.items() if name in own}
+    load_strictly(model, state, f"{weights} with {vae_weights}")
+    return model
+
+
+def with_dropout(config: HarmonConfig, dropout: float) -> HarmonConfig:
+    """The same with MAR's dropouts replaced."""
+    config.mar.attn_dropout = config.mar.proj_dropout = dropout
+    return config
+
+
+def save_published(model: Harmon, path: Path) -> None:
+    """Write the published flat layout as safetensors: everything but the autoencoder."""
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("vae.") and k != TIED}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def tokenizer_for(config_tokenizer: str, weights: str, variant: str) -> Any:
+    """The tokenizer named by the config, else beside the weights, else the tiny one."""
+    if config_tokenizer:
+        return load_tokenizer(config_tokenizer)
+    if weights and (Path(weights) / "tokenizer.json").is_file():
+        return load_tokenizer(weights)
+    if variant == "tiny":
+        return load_tokenizer(TINY_FOLDER)
+    raise ConfigError(f"family.tokenizer is empty; {variant} needs a folder with Qwen2.5's tokenizer.json")
