@@ -146,7 +146,8 @@ def sample_latents(
         rows = 2 if guided else 1
         _, decoded = prompt.conditions(tokens.repeat(rows, 1, 1), masked.repeat(rows, 1))
         now = masked & (rank >= left[step + 1])
-        scale = guidance_at(guidance, cells, left[step + 1], schedule)
+        # The published schedule counts one cell as still masked in the last iteration.
+        scale = guidance_at(guidance, cells, max(1, left[step + 1]), schedule)
         start, steps = noise[step] if noise is not None else (None, None)
         sampled = model.mar.diffloss.sample(
             decoded[now.repeat(rows, 1)],
