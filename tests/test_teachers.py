@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def pictures(sizes: list[tuple[int, int]], seed: int = 0) -> list[np.ndarray]:
     return [
         np.asarray(c.resize((width, height), 2)) for c, (height, width) in zip(coarse, sizes, strict=True)
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models: threads that wait for each other on busy cores cost more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
