@@ -1,0 +1,1 @@
+"""Data sets: manifests, decoding, geometry."""
