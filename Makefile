@@ -17,6 +17,7 @@ help:  ## show this list
 	@echo "  ARGS=\"...\" reaches the command of train, test and test-all: make train ARGS=\"seed=1\""
 
 env: $(STAMP)  ## make .venv and install the project in it (once)
+	@:
 
 train: env  ## run the main job as configured in configs/
 	@$(PYTHON) -m unimrg.train $(ARGS)
