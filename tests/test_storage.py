@@ -342,6 +342,26 @@ def test_refused_upload_raises(s3_server: S3Server, tmp_path: Path) -> None:
         Store.at(s3_server.url("x"), wrong).upload(tmp_path, "step-1")
 
 
+def test_a_refused_write_leaves_the_old_content(s3_server: S3Server) -> None:
+    store = Store.at(s3_server.url("kept"), config(s3_server))
+    store.write_bytes("x", b"old")
+    wrong = S3Config(s3_server.endpoint, "", s3_server.access_key, "not-the-secret")
+    with pytest.raises(StorageError, match="access denied"):
+        Store.at(store.url, wrong).write_bytes("x", b"new")
+    assert store.read_bytes("x") == b"old"
+
+
+@pytest.mark.parametrize("size", [100, 11 << 20])
+def test_a_failing_source_leaves_no_half_object(store: Store, size: int) -> None:
+    def source() -> Iterator[bytes]:
+        yield bytes(size)
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(StorageError, match=r"can't write .*/x"):
+        store._put("x", source(), 2 * size)
+    assert not store.exists("x")
+
+
 def test_local_failures(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path))
     store.write_bytes("file", b"x")

@@ -18,7 +18,7 @@ import posixpath
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -234,7 +234,7 @@ class Store:
         Local: temporary file and rename. S3: one PUT, or one multipart upload for large data. The
         size is read back. Raises StorageError.
         """
-        self._put(path, partial(_write_all, data), len(data))
+        self._put(path, [data], len(data))
 
     def upload(self, local_folder: str | os.PathLike[str], path: str) -> None:
         """Copy every file below `local_folder` to `path`; each one's size is read back.
@@ -320,34 +320,48 @@ class Store:
             raise StorageError(_no_bucket(self._scheme, bucket, at))
         self._bucket_seen = True
 
-    def _put(self, path: str, produce: Callable[[BinaryIO | pa.NativeFile], None], size: int) -> None:
-        """Write one object of `size` bytes through `produce(stream)` and check that it arrived."""
+    def _put(self, path: str, pieces: Iterable[bytes], size: int) -> None:
+        """Write one object of `size` bytes and check that it arrived."""
         key = self._key(path)
         with self._explain("write", path):
             if self.is_local:
-                _write_local(Path(key), produce)
+                _write_local(Path(key), pieces)
             else:
-                try:
-                    with self.filesystem().open_output_stream(key) as sink:
-                        produce(sink)
-                except BaseException:
-                    # Leaving the block closes the stream, which commits what was written so far.
-                    with contextlib.suppress(OSError):
-                        self.filesystem().delete_file(key)
-                    raise
+                self._write_object(key, pieces)
             arrived = self.filesystem().get_file_info(key).size
         if arrived != size:
             raise StorageError(f"{self._where(path)} holds {arrived} of {size} bytes; the store lost data")
 
+    def _write_object(self, key: str, pieces: Iterable[bytes]) -> None:
+        source = iter(pieces)
+        torn = False
+        try:
+            with self.filesystem().open_output_stream(key) as sink:
+                while True:
+                    try:
+                        piece = next(source, None)
+                    except BaseException:
+                        torn = True
+                        raise
+                    if piece is None:
+                        break
+                    sink.write(piece)
+        except BaseException:
+            # Leaving the block closes the stream, which commits half an object when the source fails. When
+            # the store fails nothing was committed, and what lay there before must stay.
+            if torn:
+                with contextlib.suppress(OSError):
+                    self.filesystem().delete_file(key)
+            raise
+
     def _send(self, file: Path, path: str) -> None:
         with self._explain("write", path), open(file, "rb") as source:
-            copy = partial(shutil.copyfileobj, source, length=CHUNK_BYTES)
-            self._put(path, copy, os.fstat(source.fileno()).st_size)
+            self._put(path, _pieces(source), os.fstat(source.fileno()).st_size)
 
     def _fetch(self, entry: Entry, target: Path) -> None:
         key = self._key(entry.path)
         with self._explain("read", entry.path), self.filesystem().open_input_file(key) as source:
-            _write_local(target, lambda sink: shutil.copyfileobj(source, sink, CHUNK_BYTES))
+            _write_local(target, _pieces(source))
         if target.stat().st_size != entry.size:
             raise StorageError(f"{self._where(entry.path)} was cut short while reading; try again")
 
@@ -474,17 +488,18 @@ def _region(s3: S3Config, endpoint: str, bucket: str) -> str | None:
         return None
 
 
-def _write_all(data: bytes, sink: BinaryIO | pa.NativeFile) -> None:
-    sink.write(data)
+def _pieces(source: BinaryIO | pa.NativeFile) -> Iterator[bytes]:
+    while piece := source.read(CHUNK_BYTES):
+        yield piece
 
 
-def _write_local(target: Path, produce: Callable[[BinaryIO], None]) -> None:
+def _write_local(target: Path, pieces: Iterable[bytes]) -> None:
     """Temporary file beside `target`, flushed to disk, then renamed over it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as sink:
-            produce(sink)
+            sink.writelines(pieces)
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(temporary, target)
