@@ -72,7 +72,9 @@ def read_progress(folder: Path) -> Progress:
     try:
         return Progress(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no readable {STATE} ({error}); remove it and continue") from error
+        raise CheckpointError(
+            f"{folder} holds no readable {STATE} ({error}); remove it and continue"
+        ) from error
 
 
 def mark_complete(store: Store, name: str) -> None:
@@ -99,7 +101,11 @@ def _rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(internal), gauss],
-        "numpy": [kind, [int(k) for k in keys], *(float(r) if isinstance(r, float) else int(r) for r in rest)],
+        "numpy": [
+            kind,
+            [int(k) for k in keys],
+            *(float(r) if isinstance(r, float) else int(r) for r in rest),
+        ],
     }
 
 
@@ -143,13 +149,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in raw.items()}
 
 
-def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()) -> None:
+def load_strictly(
+    module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()
+) -> None:
     """Load every key; names starting with one of `absent` may be missing.
 
     Raises CheckpointError listing missing, unexpected and wrongly shaped keys.
     """
     own = module.state_dict()
-    missing = [k for k in own if k not in state and not k.startswith(absent)] if absent else [k for k in own if k not in state]
+    missing = (
+        [k for k in own if k not in state and not k.startswith(absent)]
+        if absent
+        else [k for k in own if k not in state]
+    )
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     problems = [

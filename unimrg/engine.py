@@ -261,4 +261,6 @@ def _torch_load(path: Path, device: torch.device) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no {path.name} in {path.parent}; it was written by another engine") from error
     except Exception as error:  # torch raises several kinds for a damaged or foreign file
-        raise CheckpointError(f"{path} can't be read ({str(error).splitlines()[0]}); continue from another checkpoint") from error
+        raise CheckpointError(
+            f"{path} can't be read ({str(error).splitlines()[0]}); continue from another checkpoint"
+        ) from error

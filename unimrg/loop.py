@@ -1,15 +1,15 @@
 """The training loop: plain functions over any iterable of batches; no Ray, no family, no storage.
 
-    for micro_batches in batches:  train_step(engine, micro_batches, weights)
+for micro_batches in batches:  train_step(engine, micro_batches, weights)
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from unimrg.engine import Engine, gather
@@ -25,7 +25,8 @@ class StepOutput:
 
     step: 1 for the first. losses: mean of every task present. total: as in `losses.combine`.
     position: 1 + the largest sample position used on any rank. samples, tokens: of all ranks.
-    seconds: whole step; wait_seconds: of this, waiting for data. notes: counts of events.
+    started, ready, ended: values of `time.perf_counter()`: batch asked for, batch there, update done.
+    truncated: conversations cut at the maximum length.
     """
 
     step: int
@@ -36,9 +37,10 @@ class StepOutput:
     position: int
     samples: int
     tokens: int
-    seconds: float
-    wait_seconds: float
-    notes: dict[str, int] = field(default_factory=dict)
+    started: float
+    ready: float
+    ended: float
+    truncated: int
 
 
 def train_step(
@@ -74,61 +76,68 @@ def fit(
     observe: Callable[[StepOutput], None] = lambda output: None,
     save: Callable[[StepOutput], None] = lambda output: None,
     save_every: int = 0,
+    stop: Callable[[], str] = str,
 ) -> None:
     """Train until `steps` optimiser steps are done (those of a resumed engine count).
 
     batches: micro-batches of one step at a time, the same number on every rank. observe: called after every
-    step; save: every `save_every` steps and after the last one.
-    Raises DataError when the batches end too early, or when a loss is not finite.
+    step; save: every `save_every` steps and after the last one. stop: a reason to give up, or "".
+    Raises DataError, on every rank, when one gives up, the batches end too early, or a loss is not finite.
     """
     source = iter(batches)
     while engine.steps_done < steps:
-        began = time.perf_counter()
+        started = time.perf_counter()
         micro_batches = next(source, None)
-        waited = time.perf_counter() - began
-        if micro_batches is None:
-            raise DataError(f"the data ended after {engine.steps_done} of {steps} steps; is any sample usable?")
+        ready = time.perf_counter()
+        _agree_to_go_on(stop() or ("" if micro_batches else "the data ended; is any sample usable?"))
+        assert micro_batches is not None
         sums, norm, counts = train_step(engine, micro_batches, weights)
-        output = _summarise(engine, micro_batches, weights, sums, norm, counts, began, waited)
+        output = _summarise(engine, micro_batches, weights, (sums, norm, counts), (started, ready))
         observe(output)
         if engine.steps_done == steps or (save_every and engine.steps_done % save_every == 0):
             save(output)
+
+
+def _agree_to_go_on(reason: str) -> None:
+    """Every rank raises if one has a reason to: a rank that left alone would leave the others waiting."""
+    if any(flag for (flag,) in gather([float(bool(reason))])):
+        raise DataError(reason or "another worker gave up; its message says why")
 
 
 def _summarise(
     engine: Engine,
     batches: Sequence[Batch],
     weights: Mapping[Task, float],
-    sums: Mapping[Task, Tensor],
-    norm: float | Tensor,
-    counts: Mapping[Task, float],
-    began: float,
-    waited: float,
+    result: tuple[Mapping[Task, Tensor], float | Tensor, Mapping[Task, float]],
+    times: tuple[float, float],
 ) -> StepOutput:
     """Global means and sizes of the step just done; the only place that reads losses on the host."""
-    tasks = list(Task)
-    mine = [float(sums.get(task, 0.0)) for task in tasks]
-    sizes = [sum(b.samples for b in batches), sum(b.tokens for b in batches), max(b.next_position for b in batches)]
+    sums, norm, counts = result
+    mine = [float(sums.get(task, 0.0)) for task in Task]
     truncated = sum(b.notes.get("truncated", 0) for b in batches)
-    rows = gather([*mine, *sizes, truncated])
-    columns = list(zip(*rows, strict=True))
+    position = max(b.next_position for b in batches)
+    rows = gather(
+        [*mine, position, sum(b.samples for b in batches), sum(b.tokens for b in batches), truncated]
+    )
+    *totals, positions, samples, tokens, cut = zip(*rows, strict=True)
     means = {
-        task: sum(column) / counts[task] for task, column in zip(tasks, columns, strict=False) if counts[task]
+        task: sum(column) / counts[task] for task, column in zip(Task, totals, strict=True) if counts[task]
     }
     active = sum(weights[task] for task in means)
     total = sum(weights[task] * mean for task, mean in means.items()) / active if active else 0.0
-    if not torch.isfinite(torch.tensor(total)):
-        raise DataError(f"the loss is {total} at step {engine.steps_done}; lower train.learning_rate or train.clip")
+    if not math.isfinite(total):
+        raise DataError(f"the loss is {total} at step {engine.steps_done}; lower train.learning_rate")
     return StepOutput(
         step=engine.steps_done,
         losses=means,
         total=total,
         grad_norm=float(norm),
         learning_rate=engine.learning_rate(),
-        samples=int(sum(columns[-4])),
-        tokens=int(sum(columns[-3])),
-        position=int(max(columns[-2])),
-        seconds=time.perf_counter() - began,
-        wait_seconds=waited,
-        notes={"truncated": int(sum(columns[-1]))},
+        position=int(max(positions)),
+        samples=int(sum(samples)),
+        tokens=int(sum(tokens)),
+        started=times[0],
+        ready=times[1],
+        ended=time.perf_counter(),
+        truncated=int(sum(cut)),
     )

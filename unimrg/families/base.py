@@ -81,7 +81,9 @@ class Family(PreTrainedModel):
         groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                exempt = parameter.ndim == 1 or name.endswith(".bias") or any(w in name for w in self.NO_DECAY)
+                exempt = (
+                    parameter.ndim == 1 or name.endswith(".bias") or any(w in name for w in self.NO_DECAY)
+                )
                 groups[not exempt].append(parameter)
         return [
             {"params": groups[True], "weight_decay": weight_decay},

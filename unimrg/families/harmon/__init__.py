@@ -41,12 +41,16 @@ def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
         sizes = checkpoint.with_dropout(sizes, dropout)
     if config.weights:
         if not config.vae_weights:
-            raise ConfigError("family.vae_weights is empty; published Harmon weights need the autoencoder's file (kl16.ckpt)")
+            raise ConfigError(
+                "family.vae_weights is empty; published Harmon weights need the autoencoder's file (kl16.ckpt)"
+            )
         return checkpoint.from_published(sizes, Path(config.weights), Path(config.vae_weights)), tokenizer
     return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
 
 
-def processor(model: Harmon, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int) -> HarmonProcessor:
+def processor(
+    model: Harmon, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+) -> HarmonProcessor:
     """The processor for `tasks` with the training's text settings."""
     return HarmonProcessor(
         model.config,

@@ -45,14 +45,22 @@ def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
 
     Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
     """
-    options = {} if dropout is None else {"config": with_dropout(HarmonConfig.from_pretrained(folder), dropout)}
+    options = (
+        {} if dropout is None else {"config": with_dropout(HarmonConfig.from_pretrained(folder), dropout)}
+    )
     try:
         model, info = Harmon.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
         )
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
-        raise CheckpointError(f"{folder} can't be loaded ({str(error).splitlines()[0]}); give a folder of save_pretrained") from error
-    wrong = [f"{key}: {sorted(info[key])[:3]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+        raise CheckpointError(
+            f"{folder} can't be loaded ({str(error).splitlines()[0]}); give a folder of save_pretrained"
+        ) from error
+    wrong = [
+        f"{key}: {sorted(info[key])[:3]}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[key]
+    ]
     if wrong:
         raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
     return model
@@ -79,7 +87,9 @@ def with_dropout(config: HarmonConfig, dropout: float) -> HarmonConfig:
 
 def save_published(model: Harmon, path: Path) -> None:
     """Write the published flat layout as safetensors: everything but the autoencoder."""
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("vae.") and k != TIED}
+    state = {
+        k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("vae.") and k != TIED
+    }
     save_file(state, path, metadata={"format": "pt"})
 
 

@@ -6,6 +6,7 @@ columns (of pixels or cells), m, n rows and columns of the token grid, P patch s
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -193,11 +194,12 @@ class KLVAE(nn.Module):
 
     def encode(self, image_B3HW: Tensor) -> Tensor:
         """Moments [B, 2C, H/stride, W/stride]: mean, then log-variance, along the channels."""
-        return self.quant_conv(self.encoder(image_B3HW))
+        # Convolutions are up to twice as fast in this layout, on the CPU and in half precision on a GPU.
+        return self.quant_conv(self.encoder(image_B3HW.contiguous(memory_format=torch.channels_last)))
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         """Unscaled latents to pictures; values are not clamped."""
-        return self.decoder(self.post_quant_conv(latent_BCHW))
+        return self.decoder(self.post_quant_conv(latent_BCHW.contiguous(memory_format=torch.channels_last)))
 
     def tokenize(self, moments_BCHW: Tensor, patch_size: int = 1) -> Tensor:
         """Posterior mean, scaled, as tokens [B, m, n, C*P*P]; features in (channel, row, column) order."""

@@ -1,0 +1,91 @@
+"""One actor on the driver's node that keeps what a run tells: metrics, events, skipped samples.
+
+It outlives the training workers, so a restart loses nothing: records of steps that are done again are
+dropped, and a skipped sample is written once, whoever meets it how often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from unimrg.metrics import JsonlSink, PrometheusTextSink, read_jsonl
+
+MONITOR_THREADS = 1
+
+
+class Monitor:
+    """Writes metrics.jsonl, events.jsonl, quarantine.jsonl and metrics.prom of a run folder."""
+
+    def __init__(self, folder: str, max_bad_share: float, min_checked: int) -> None:
+        self.folder = Path(folder)
+        self.max_bad_share = max_bad_share
+        self.min_checked = min_checked
+        self.metrics = JsonlSink(self.folder / "metrics.jsonl")
+        self.textfile = PrometheusTextSink(self.folder / "metrics.prom")
+        self.events = JsonlSink(self.folder / "events.jsonl")
+        self.quarantine = JsonlSink(self.folder / "quarantine.jsonl")
+        self.bad: dict[int, str] = {
+            row["position"]: row["reason"] for row in read_jsonl(self.folder / "quarantine.jsonl")
+        }
+        self.checked: set[tuple[int, int]] = set()
+        self.latest: dict[str, Any] = {}
+        self.step = 0
+
+    def write(self, record: dict[str, Any]) -> str:
+        """Store a step's record; returns a reason to stop, or ""."""
+        self.latest = record | self.skipped()
+        self.step = int(record["step"])
+        self.metrics.write(self.latest)
+        self.textfile.write(self.latest)
+        return self.verdict()
+
+    def event(self, event: str, detail: str = "", step: int | None = None) -> None:
+        """Store a fault, a restart, a checkpoint."""
+        at = self.step if step is None else step
+        self.events.write({"timestamp": time.time(), "step": at, "event": event, "detail": detail})
+
+    def start(self, step: int) -> None:
+        """A worker group begins after `step` optimiser steps; later records will come again."""
+        self.metrics.truncate_from(step + 1)
+        self.event("resume" if step else "start", f"after {step} steps", step)
+
+    def audit(self, first: int, stop: int, bad: list[dict[str, Any]]) -> None:
+        """Positions first..stop-1 were prepared; `bad` of them are quarantined."""
+        self.checked.add((first, stop))
+        for row in bad:
+            if row["position"] not in self.bad:
+                self.bad[row["position"]] = row["reason"]
+                self.quarantine.write(row)
+
+    def skipped(self) -> dict[str, int]:
+        """Counts for the metrics: `skipped` and `skipped/<reason>`."""
+        reasons = Counter(self.bad.values())
+        return {"skipped": len(self.bad)} | {f"skipped/{reason}": n for reason, n in reasons.items()}
+
+    def verdict(self) -> str:
+        """Why the run should stop, or ""."""
+        checked = sum(stop - first for first, stop in self.checked)
+        if checked < self.min_checked or len(self.bad) <= self.max_bad_share * checked:
+            return ""
+        worst, count = Counter(self.bad.values()).most_common(1)[0]
+        return (
+            f"{len(self.bad)} of {checked} samples are unusable, mostly {worst} ({count}); see "
+            f"{self.folder / 'quarantine.jsonl'}, mend the data or raise data.max_bad_share ({self.max_bad_share:g})"
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """The latest record, for the progress display."""
+        return self.latest
+
+
+def start_monitor(folder: Path, max_bad_share: float, min_checked: int) -> Any:
+    """A handle to a new monitor on this node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here)
+    return actor.remote(str(folder), max_bad_share, min_checked)

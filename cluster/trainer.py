@@ -1,0 +1,162 @@
+"""The driver of a run: check, prepare the data, train on Ray, score, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import yaml
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.held_out import compare
+from cluster.monitor import start_monitor
+from cluster.pipeline import open_manifest, split_url
+from cluster.progress import Progress
+from cluster.session import gpus_of_cluster, ray_session
+from cluster.worker import CHECKPOINTS, MODEL, run_store, train_worker
+from unimrg.config import RunConfig, redacted, to_plain
+from unimrg.errors import DataError, UnimrgError
+from unimrg.report import write_report
+from unimrg.storage import Store
+
+LOCAL_OUTPUTS = "outputs"
+
+
+def run(config: RunConfig) -> int:
+    """One post-training run from its configuration to its report; returns the exit status."""
+    began = time.monotonic()
+    config.name = (
+        config.name or f"{config.family.name}-{config.family.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    store = run_store(config)
+    store.check_writable()
+    folder = local_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare_data(config)
+    check_data(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(redacted(config), sort_keys=False))
+    _point_latest(folder)
+    with ray_session() as logs:
+        gpus = gpus_of_cluster()
+        _settle(config, gpus)
+        print(f"run {config.name}: {_summary(config)}; Ray's logs: {logs}", flush=True)
+        train(config, folder, gpus)
+        if config.report.enabled:
+            print("scoring held-out pictures before and after", flush=True)
+            compare(config, folder, gpus)
+    page = write_report(folder)
+    _mirror(folder, store)
+    print(f"done in {time.monotonic() - began:.0f} s: {store.url}/{MODEL}, {page}", flush=True)
+    return 0
+
+
+def local_folder(config: RunConfig) -> Path:
+    """Where a run's report and metrics lie on this machine: in the storage itself when that is local."""
+    store = run_store(config)
+    return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS) / config.name
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Write the embedded data set where none is named, and point the config at it."""
+    if config.data.manifest:
+        return
+    from unimrg.data.scenes.write import write_scenes
+
+    root = Store.at(config.storage_path, config.s3.store()).child("scenes")
+    scenes = config.data.scenes
+    config.data.images = write_scenes(
+        root, scenes.train, scenes.test, scenes.size, scenes.questions, scenes.seed
+    ).url
+    config.data.manifest = f"{config.data.images}/train.json"
+    config.data.held_out = f"{config.data.images}/test.json"
+
+
+def check_data(config: RunConfig) -> None:
+    """Stop before training when the manifest or the image folder can't be read.
+
+    Raises DataError or StorageError with one sentence.
+    """
+    for url in filter(None, (config.data.manifest, config.data.held_out)):
+        manifest = open_manifest(url, config.s3, config.data.group_by_image)
+    if not len(manifest):
+        raise DataError(f"{url} has no entries")
+    Store.at(config.data.images or split_url(config.data.manifest)[0], config.s3.store()).check_readable()
+
+
+def train(config: RunConfig, folder: Path, gpus: int) -> None:
+    """Run the worker group to its end. Raises UnimrgError when it fails for good."""
+    monitor = start_monitor(folder, config.data.max_bad_share, config.data.min_checked)
+    store = run_store(config)
+    use_gpu = gpus > 0
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": to_plain(config), "monitor": monitor},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.cluster.timeout_seconds
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=store.root,
+            storage_filesystem=store.filesystem(),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    with Progress(lambda: ray.get(monitor.snapshot.remote()), config.train.steps, config.log_every):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            ray.get(monitor.event.remote("failure", str(error)[:2000]))
+            raise UnimrgError(
+                f"training failed after {config.cluster.max_failures} restarts: {_root_cause(error)}; "
+                f"run again with name={config.name} to continue from the last checkpoint"
+            ) from error
+    outcome = result.return_value or {}
+    if "error" in outcome:
+        ray.get(monitor.event.remote("failure", outcome["error"]))
+        raise UnimrgError(outcome["error"])
+
+
+def _settle(config: RunConfig, gpus: int) -> None:
+    """Numbers that depend on the cluster."""
+    config.cluster.workers = config.cluster.workers or max(1, gpus)
+    config.check()
+
+
+def _summary(config: RunConfig) -> str:
+    engine = config.engine.name + (
+        f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
+    )
+    return (
+        f"{config.family.name} {config.family.variant}, {config.train.steps} steps of {config.train.batch_size} pictures, "
+        f"{config.cluster.workers} worker(s), {engine}, data {config.data.manifest}"
+    )
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost error: what the worker said."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _point_latest(folder: Path) -> None:
+    """`latest` beside the run folder points at it."""
+    link = folder.parent / "latest"
+    fresh = folder.parent / f".latest-{os.getpid()}"
+    fresh.symlink_to(folder.name, target_is_directory=True)
+    os.replace(fresh, link)
+
+
+def _mirror(folder: Path, store: Store) -> None:
+    """Put the report beside the model when that is in object storage."""
+    if not store.is_local:
+        store.upload(folder, "report")
