@@ -2,6 +2,7 @@
 
 YAML in `configs/` only chooses values and `unimrg.compose` only merges them onto these types, so an unknown
 key or a wrong type stops at once. `check()` raises `ConfigError` with one sentence: key, value, remedy.
+A knob's explanation stands beside its default and is what `--help` of the commands shows.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unimrg.errors import ConfigError
 from unimrg.sample import Task
-from unimrg.storage import S3Config
+
+if TYPE_CHECKING:
+    from unimrg.storage import S3Config
 
 REDACTED = "(redacted)"
 
@@ -36,41 +39,48 @@ def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
 def require(key: str, value: float, low: float, high: float = float("inf"), above: bool = False) -> None:
     """Raise ConfigError unless low <= value <= high (low < value when `above`)."""
     if not (low < value if above else low <= value) or value > high:
-        bound = f"{'above' if above else 'at least'} {low:g}" + ("" if high == float("inf") else f" and at most {high:g}")
+        bound = f"{'above' if above else 'at least'} {low:g}" + (
+            "" if high == float("inf") else f" and at most {high:g}"
+        )
         raise ConfigError(f"{key}: {value!r} is out of range; it must be {bound}")
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with its default and its explanation, units and range included."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class S3Options:
     """Object storage; empty fields mean the usual AWS places (environment, profile, instance role)."""
 
-    endpoint: str = ""
-    region: str = ""
-    access_key: str = ""
-    secret_key: str = ""
+    endpoint: str = knob("", "address of an S3-compatible store, like http://minio:9000")
+    region: str = knob("", "region of the bucket")
+    access_key: str = knob("", "key id; better left to the environment")
+    secret_key: str = knob("", "secret key; better left to the environment; never written anywhere")
 
     def store(self) -> S3Config:
         """The same as `unimrg.storage` wants it."""
+        from unimrg.storage import S3Config
+
         return S3Config(**dataclasses.asdict(self))
 
 
 @dataclass
 class FamilyConfig:
-    """Which model, from which weights.
+    """Which model, from which weights."""
 
-    weights: folder of `save_pretrained`, or published weights (safetensors, or a pickle that loads with
-    `weights_only`); empty = fresh weights from the seed. vae_weights: the published autoencoder's file.
-    tokenizer: folder with tokenizer.json; empty = beside the weights, or the tiny one of the package.
-    freeze: parts of the family that are not trained.
-    """
-
-    name: str = "harmon"
-    variant: str = "tiny"
-    weights: str = ""
-    vae_weights: str = ""
-    tokenizer: str = ""
-    freeze: list[str] = field(default_factory=list)
-    dropout: float = -1.0
+    name: str = knob("harmon", "model family")
+    variant: str = knob("tiny", "size: tiny (CPU, seconds per step), harmon_0_5b or harmon_1_5b")
+    weights: str = knob(
+        "", "folder of save_pretrained, or published weights (.safetensors, .pth); empty = fresh"
+    )
+    vae_weights: str = knob("", "the published autoencoder's file; goes with published weights")
+    tokenizer: str = knob("", "folder with tokenizer.json; empty = beside the weights, or the tiny one")
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "parts of the family that are not trained, like [llm]"}
+    )
+    dropout: float = knob(-1.0, "dropout inside the image model, 0..0.99; -1 = the variant's own")
 
     def check(self) -> None:
         from unimrg.families import FAMILIES
@@ -82,13 +92,13 @@ class FamilyConfig:
 
 @dataclass
 class ScenesConfig:
-    """The embedded procedural data set. train, test: pictures; size: pixels; questions: per picture."""
+    """The embedded procedural data set."""
 
-    train: int = 1600
-    test: int = 64
-    size: int = 128
-    questions: int = 6
-    seed: int = 0
+    train: int = knob(1600, "pictures to train on")
+    test: int = knob(64, "pictures held out")
+    size: int = knob(128, "side of a picture in pixels, 32..1024")
+    questions: int = knob(6, "questions per picture, 1..32")
+    seed: int = knob(0, "another seed draws other pictures")
 
     def check(self) -> None:
         require("data.scenes.train", self.train, 1)
@@ -99,29 +109,25 @@ class ScenesConfig:
 
 @dataclass
 class DataConfig:
-    """LLaVA-format data in a folder or a bucket.
+    """LLaVA-format data in a folder or a bucket."""
 
-    manifest: JSON, JSONL or Parquet, a path or URL; empty = write and use `scenes`. images: folder or URL the
-    manifest's paths start from; empty = the manifest's folder. held_out: a second manifest for evaluation;
-    empty = `held_out_count` pictures taken out of the first. geometry: `pad` to a grey square, `squash`, or
-    `published` (questions padded, drawings squashed). max_*: larger pictures are quarantined (bytes, pixels)
-    or shrunk (side). max_bad_share: more quarantined samples than this share stop the run, once
-    `min_checked` samples were seen. unit: rows fetched and labelled together.
-    """
-
-    manifest: str = ""
-    images: str = ""
-    held_out: str = ""
-    held_out_count: int = 64
+    manifest: str = knob("", "JSON, JSONL or Parquet, path or URL; empty = make and use data.scenes")
+    images: str = knob(
+        "", "folder or URL that the manifest's paths start from; empty = the manifest's folder"
+    )
+    held_out: str = knob("", "a second manifest for evaluation; empty = data.held_out_count of the first")
+    held_out_count: int = knob(64, "pictures taken out of the manifest for evaluation")
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
-    geometry: str = "pad"
-    group_by_image: bool = True
-    max_bytes: int = 64 << 20
-    max_pixels: int = 178_956_970
-    max_side: int = 2048
-    max_bad_share: float = 0.05
-    min_checked: int = 100
-    unit: int = 16
+    geometry: str = knob(
+        "pad", "to the square: pad with grey, squash, or published (questions pad, drawings squash)"
+    )
+    group_by_image: bool = knob(True, "entries about one picture become one sample")
+    max_bytes: int = knob(64 << 20, "larger files are quarantined, bytes")
+    max_pixels: int = knob(178_956_970, "larger pictures are quarantined, pixels")
+    max_side: int = knob(2048, "larger pictures are shrunk to this side, pixels")
+    max_bad_share: float = knob(0.05, "more quarantined samples than this share stop the run, 0..1")
+    min_checked: int = knob(100, "samples seen before max_bad_share counts")
+    unit: int = knob(16, "rows fetched and labelled together, 1..4096")
 
     def check(self) -> None:
         self.scenes.check()
@@ -135,41 +141,34 @@ class DataConfig:
 
 @dataclass
 class TeacherConfig:
-    """One teacher and the actors that run it.
+    """One teacher and the actors that run it."""
 
-    name: of the teacher. checkpoint: hub id or local folder. actors: how many run at once (0 = 1 for each
-    GPU of the cluster, at least 1). gpus: of one actor, may be a fraction (-1 = 1 on a GPU cluster, else 0).
-    """
-
-    name: str = "oracle"
-    checkpoint: str = ""
-    batch_size: int = 8
-    actors: int = 0
-    gpus: float = -1.0
+    name: str = knob("oracle", "oracle (what the data set brings), stored, or a model: depth_anything, sam")
+    checkpoint: str = knob("", "hub id or local folder of the model")
+    batch_size: int = knob(8, "pictures per call")
+    actors: int = knob(0, "how many run at once; 0 = one for each GPU of the cluster, at least one")
+    gpus: float = knob(-1.0, "GPUs of one actor, may be a fraction; -1 = one on a GPU cluster, else none")
 
 
 @dataclass
 class SamConfig:
     """Thresholds of the automatic mask generator (Segment Anything, arXiv 2304.02643); its defaults."""
 
-    points_per_side: int = 32
-    points_per_batch: int = 64
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    box_nms_thresh: float = 0.7
+    points_per_side: int = knob(32, "grid of prompts over the picture")
+    points_per_batch: int = knob(64, "prompts decoded at once; memory against speed")
+    pred_iou_thresh: float = knob(0.88, "masks that the model trusts less are dropped, 0..1")
+    stability_score_thresh: float = knob(0.95, "masks that change more with the cut-off are dropped, 0..1")
+    box_nms_thresh: float = knob(0.7, "of masks that overlap more, the better one stays, 0..1")
 
 
 @dataclass
 class TeachersConfig:
-    """Who makes the depth maps and the region boundaries.
-
-    stored: folder or URL that `unimrg.label` wrote, for teachers named `stored`.
-    """
+    """Who makes the depth maps and the region boundaries."""
 
     depth: TeacherConfig = field(default_factory=TeacherConfig)
     segmentation: TeacherConfig = field(default_factory=TeacherConfig)
     sam: SamConfig = field(default_factory=SamConfig)
-    stored: str = ""
+    stored: str = knob("", "folder or URL that unimrg.label wrote, for teachers named stored")
 
     DEPTH = ("oracle", "stored", "depth_anything")
     SEGMENTATION = ("oracle", "stored", "sam")
@@ -182,17 +181,19 @@ class TeachersConfig:
             if teacher.name in ("depth_anything", "sam") and not teacher.checkpoint:
                 raise ConfigError(f"teachers.{key}.checkpoint is empty; give a hub id or a local folder")
             if teacher.name == "stored" and not self.stored:
-                raise ConfigError(f"teachers.{key} is `stored`: set teachers.stored to what unimrg.label wrote")
+                raise ConfigError(
+                    f"teachers.{key} is `stored`: set teachers.stored to what unimrg.label wrote"
+                )
 
 
 @dataclass
 class WeightsConfig:
     """Weight of each task in the loss; 0 leaves the task out altogether."""
 
-    understanding: float = 1.0
-    pixel: float = 1.0
-    depth: float = 1.0
-    segmentation: float = 1.0
+    understanding: float = knob(1.0, "answer questions about the image")
+    pixel: float = knob(1.0, "redraw the image")
+    depth: float = knob(1.0, "draw its depth map")
+    segmentation: float = knob(1.0, "draw its region boundaries")
 
     def check(self) -> None:
         for task, weight in self.by_task().items():
@@ -210,33 +211,31 @@ class WeightsConfig:
 
 @dataclass
 class TrainConfig:
-    """The optimisation.
+    """The optimisation."""
 
-    steps: optimiser steps. batch_size: samples (pictures) per step over all workers. accumulation:
-    micro-batches per step and worker. warmup: share of the steps with linearly rising learning rate, then
-    cosine to 0. checkpoint_every: steps; 0 = only the last. prompt_dropout: see `tasks`.
-    """
-
-    steps: int = 300
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    max_text_tokens: int = 1472
-    prompt_dropout: float = 0.1
-    published_prompts: bool = False
+    steps: int = knob(300, "optimiser steps")
+    batch_size: int = knob(8, "pictures per step over all workers")
+    accumulation: int = knob(1, "micro-batches per step and worker")
+    learning_rate: float = knob(1e-3, "peak, after the warm-up")
+    warmup: float = knob(
+        0.05, "share of the steps with linearly rising learning rate, then cosine to 0; 0..1"
+    )
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
+    eps: float = knob(1e-8, "of AdamW")
+    weight_decay: float = knob(0.02, "of AdamW; not for biases, norms and the diffusion head")
+    clip: float = knob(1.0, "largest norm of the gradient")
+    checkpoint_every: int = knob(100, "steps; 0 = only the last")
+    keep_checkpoints: int = knob(2, "older ones are deleted")
+    max_text_tokens: int = knob(1472, "longer conversations are cut, and counted")
+    prompt_dropout: float = knob(0.1, "share of redrawing prompts replaced by an unconditional one, 0..1")
+    published_prompts: bool = knob(False, "the published recipe's prompts and their order, for comparisons")
 
     def check(self) -> None:
         for key in ("steps", "batch_size", "accumulation", "keep_checkpoints", "max_text_tokens"):
             require(f"train.{key}", getattr(self, key), 1)
         require("train.learning_rate", self.learning_rate, 0, above=True)
         require("train.warmup", self.warmup, 0, 1)
+        require("train.eps", self.eps, 0, above=True)
         require("train.clip", self.clip, 0, above=True)
         require("train.weight_decay", self.weight_decay, 0)
         require("train.checkpoint_every", self.checkpoint_every, 0)
@@ -249,12 +248,12 @@ class TrainConfig:
 
 @dataclass
 class EngineConfig:
-    """What runs the step. precision `auto`: bfloat16 on GPUs, float32 on CPUs. threads: 0 = torch's choice."""
+    """What runs the step."""
 
-    name: str = "deepspeed"
-    zero_stage: int = 2
-    precision: str = "auto"
-    threads: int = 0
+    name: str = knob("deepspeed", "deepspeed, or torch (plain, no sharding)")
+    zero_stage: int = knob(2, "of deepspeed: 1 shards optimiser state, 2 gradients too, 3 parameters too")
+    precision: str = knob("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs")
+    threads: int = knob(0, "of torch, per worker; 0 = torch's choice")
 
     def check(self) -> None:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
@@ -265,15 +264,14 @@ class EngineConfig:
 
 @dataclass
 class ClusterConfig:
-    """Ray. workers: training processes (0 = one per GPU of the cluster, at least 1). max_failures: restarts.
+    """Ray."""
 
-    cpus_per_worker: logical CPUs held by one worker; small on a laptop, so that the data pipeline finds room.
-    """
-
-    workers: int = 0
-    cpus_per_worker: float = 0.5
-    max_failures: int = 3
-    timeout_seconds: int = 600
+    workers: int = knob(0, "training processes; 0 = one per GPU of the cluster, at least one")
+    cpus_per_worker: float = knob(
+        0.5, "logical CPUs of a worker; small, so that a laptop has room for the data"
+    )
+    max_failures: int = knob(3, "restarts after a crash")
+    timeout_seconds: int = knob(600, "without a word from a worker, seconds, at least 10")
 
     def check(self) -> None:
         require("cluster.workers", self.workers, 0)
@@ -284,13 +282,13 @@ class ClusterConfig:
 
 @dataclass
 class ReportConfig:
-    """What the closing report shows. images: held-out pictures drawn; questions: asked before and after."""
+    """What the closing report shows."""
 
-    enabled: bool = True
-    images: int = 4
-    questions: int = 200
-    draw_iterations: int = 0
-    max_new_tokens: int = 32
+    enabled: bool = knob(True, "write report.html at the end")
+    images: int = knob(4, "held-out pictures drawn before and after")
+    questions: int = knob(200, "held-out questions asked before and after")
+    draw_iterations: int = knob(0, "decoding steps of a drawing; 0 = the family's default")
+    max_new_tokens: int = knob(32, "longest answer, tokens")
 
     def check(self) -> None:
         for key in ("images", "questions", "draw_iterations"):
@@ -300,12 +298,15 @@ class ReportConfig:
 
 @dataclass
 class RunConfig:
-    """One post-training run. A run with the same `name` and `storage_path` is continued, not started again."""
+    """One post-training run.
 
-    name: str = ""
-    seed: int = 0
-    storage_path: str = "outputs"
-    log_every: int = 10
+    A run with the same `name` and `storage_path` is continued, not started again.
+    """
+
+    name: str = knob("", "folder of the run below storage_path; empty = one made of the date")
+    seed: int = knob(0, "of weights, order and noise")
+    storage_path: str = knob("outputs", "folder or bucket of all runs, like s3://bucket/runs")
+    log_every: int = knob(10, "steps between two lines of numbers")
     s3: S3Options = field(default_factory=S3Options)
     family: FamilyConfig = field(default_factory=FamilyConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -323,12 +324,105 @@ class RunConfig:
         require("seed", self.seed, 0)
         require("log_every", self.log_every, 1)
         if any(character in self.name for character in "/\\ ") or self.name.startswith("."):
-            raise ConfigError(f"name: {self.name!r} must be one word without slashes, spaces or a leading dot")
+            raise ConfigError(
+                f"name: {self.name!r} must be one word without slashes, spaces or a leading dot"
+            )
         parts = self.train.accumulation * max(self.cluster.workers, 1)
         if self.train.batch_size % parts:
             raise ConfigError(
-                f"train.batch_size: {self.train.batch_size} must be divisible by workers x accumulation = {parts}"
+                f"train.batch_size: {self.train.batch_size} must be divisible "
+                f"by workers x accumulation = {parts}"
             )
+
+
+@dataclass
+class GenerateConfig:
+    """One picture, answered or drawn by a trained model. Either `task` or `question`."""
+
+    checkpoint: str = knob("", "folder of a model (model/ of a run), local or s3://")
+    image: str = knob("", "the picture, local or s3://; may be left out for a question")
+    task: str = knob("", "what to draw: pixel, depth or segmentation")
+    question: str = knob("", "what to ask; the answer is printed")
+    out: str = knob("", "where the drawing goes, .png; empty = <task>.png")
+    iterations: int = knob(0, "decoding steps; 0 = the family's default")
+    guidance: float = knob(3.0, "classifier-free guidance scale; 1 = off")
+    temperature: float = knob(1.0, "of the sampler's noise")
+    seed: int = knob(0, "another seed draws another picture")
+    max_new_tokens: int = knob(128, "longest answer, tokens")
+    device: str = knob("auto", "cpu, cuda, cuda:1, …; auto = a GPU where there is one")
+    s3: S3Options = field(default_factory=S3Options)
+
+    TASKS = (Task.PIXEL.value, Task.DEPTH.value, Task.SEGMENTATION.value)
+
+    def check(self) -> None:
+        if bool(self.task) == bool(self.question):
+            both = "both are given" if self.task else "neither is given"
+            raise ConfigError(
+                f'task, question: {both}; write task=depth to draw, or question="What is it?" to ask'
+            )
+        if self.task:
+            require_choice("task", self.task, self.TASKS)
+        if not self.checkpoint:
+            raise ConfigError(
+                "checkpoint is empty; give the folder of a model, like checkpoint=outputs/first/model"
+            )
+        if self.task and not self.image:
+            raise ConfigError("image is empty; give the picture to draw from, like image=photo.jpg")
+        require("iterations", self.iterations, 0)
+        require("guidance", self.guidance, 0)
+        require("temperature", self.temperature, 0)
+        require("seed", self.seed, 0)
+        require("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class ExportConfig:
+    """A model from one layout on disk to another."""
+
+    layout: str = knob("published", "what to write: published (flat files) or pretrained (our folder)")
+    out: str = knob("", "folder to write, local or s3://")
+    checkpoint: str = knob("", "for published: folder of a model (model/ of a run), local or s3://")
+    weights: str = knob("", "for pretrained: the published file (.safetensors, or a pickle of plain tensors)")
+    vae_weights: str = knob("", "for pretrained: the published autoencoder's file (kl16.ckpt)")
+    tokenizer: str = knob("", "for pretrained: folder with tokenizer.json; empty = beside the weights")
+    family: str = knob("harmon", "for pretrained: model family of the weights")
+    variant: str = knob("harmon_1_5b", "for pretrained: size of the weights")
+    overwrite: bool = knob(False, "replace a folder that isn't empty")
+    s3: S3Options = field(default_factory=S3Options)
+
+    def check(self) -> None:
+        from unimrg.families import FAMILIES
+
+        require_choice("layout", self.layout, ("published", "pretrained"))
+        require_choice("family", self.family, FAMILIES)
+        needed = ("checkpoint", "out") if self.layout == "published" else ("weights", "vae_weights", "out")
+        for key in needed:
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty; layout={self.layout} needs {', '.join(needed)}")
+
+
+@dataclass
+class LabelConfig:
+    """Run the teachers over a data set once and store what they say."""
+
+    out: str = knob(
+        "outputs/labels", "folder or URL of the label store; a second run does only what is missing"
+    )
+    s3: S3Options = field(default_factory=S3Options)
+    data: DataConfig = field(default_factory=DataConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def check(self) -> None:
+        for part in ("data", "teachers", "cluster"):
+            getattr(self, part).check()
+        if not self.out:
+            raise ConfigError("out is empty; give the folder or URL of the label store")
+        for key in ("depth", "segmentation"):
+            if getattr(self.teachers, key).name == "stored":
+                raise ConfigError(
+                    f"teachers.{key} is `stored`, so there is nothing to label; choose a teacher"
+                )
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -336,13 +430,17 @@ def to_plain(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def redacted(config: RunConfig) -> dict[str, Any]:
+def redacted(config: Any) -> dict[str, Any]:
     """`to_plain` without secrets: what is written beside checkpoints."""
-    plain = to_plain(config)
-    for key in ("access_key", "secret_key"):
-        if plain["s3"][key]:
-            plain["s3"][key] = REDACTED
-    return plain
+    return _redact(to_plain(config))
+
+
+def _redact(plain: dict[str, Any]) -> dict[str, Any]:
+    hidden = ("access_key", "secret_key")
+    return {
+        key: _redact(value) if isinstance(value, dict) else REDACTED if value and key in hidden else value
+        for key, value in plain.items()
+    }
 
 
 def from_plain(plain: dict[str, Any]) -> RunConfig:
@@ -356,7 +454,7 @@ def _build(cls: type, plain: dict[str, Any], path: str) -> Any:
     for key, value in plain.items():
         if key not in kinds:
             raise ConfigError(f"unknown key {path + key!r}{suggest(key, kinds)}")
-        default = kinds[key].default_factory
+        default: Any = kinds[key].default_factory
         nested = default if isinstance(default, type) and dataclasses.is_dataclass(default) else None
         values[key] = _build(nested, value, f"{path}{key}.") if nested else value
     return cls(**values)

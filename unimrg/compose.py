@@ -1,0 +1,304 @@
+"""YAML of `configs/` and `key=value` words to checked dataclasses, and the process edge of every command.
+
+    config = compose("train", ["family=harmon_1_5b", "train.steps=1000"], RunConfig)
+
+The only module that knows Hydra. Its defaults lists choose the files and merge them onto the dataclasses;
+writing folders, changing logging and its way of reporting errors are not used. A YAML names its dataclass
+first in `defaults`, and may be nested into another one (`- train@run`): then `family=…` still works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from unimrg.config import redacted, suggest
+from unimrg.errors import ConfigError, UnimrgError
+from unimrg.usage import usage
+
+T = TypeVar("T")
+
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+OVERRIDE = re.compile(r"(?P<mark>~|\+{0,2})(?P<key>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
+
+
+def config_folder() -> Path:
+    """The YAML files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
+    """`configs/<config_name>.yaml` with `overrides`, as plain dataclasses, checked.
+
+    overrides: `group=option` or `key=value`; the value of a text key is taken literally, commas and all, but
+    for `${oc.env:NAME}`. Raises ConfigError of one sentence for whatever is unknown, misspelt or unusable.
+    """
+    config = _to_dataclass(_merge(config_name, overrides, schema), schema, overrides)
+    check = getattr(config, "check", None)
+    if check is not None:
+        check()
+    return config
+
+
+def run_command(
+    main: Callable[[T], int | None],
+    config_name: str,
+    schema: type[T],
+    description: str,
+    examples: Sequence[str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The process edge of a command; returns its exit status.
+
+    Shows `--help` or `--cfg`, else composes and calls `main`. An UnimrgError becomes one line on stderr and
+    status 2, Ctrl-C status 130; anything else is a mistake of ours and keeps its traceback.
+
+        if __name__ == "__main__":
+            raise SystemExit(run_command(main, "train", RunConfig, __doc__, EXAMPLES))
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {word for word in words if word in ("-h", "--help", "--cfg")}
+    overrides = [word for word in words if word not in flags]
+    try:
+        if flags - {"--cfg"}:
+            values = _merge(config_name, overrides, schema)
+            print(usage(_program(main), description, examples, _options(config_name), schema, values))
+            return 0
+        config = compose(config_name, overrides, schema)
+        if flags:
+            print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+            return 0
+        return main(config) or 0
+    except UnimrgError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _program(main: Callable[..., Any]) -> str:
+    name = main.__module__
+    if name == "__main__":
+        spec = sys.modules["__main__"].__spec__
+        name = name if spec is None else spec.name.removesuffix(".__main__")
+    return f"python -m {name}"
+
+
+# -- merging -------------------------------------------------------------------------------------------------
+
+
+def _merge(config_name: str, overrides: Sequence[str], schema: type) -> DictConfig:
+    """The merged configuration, typed by `schema`, unchecked and perhaps with missing values."""
+    for kind in _schemas(schema):
+        ConfigStore.instance().store(kind.__name__, kind)
+    OmegaConf.register_new_resolver("needed", _needed, replace=True)
+    words = _Words(config_name, schema).normal(overrides)
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return hydra_compose(config_name, words)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _explain(error, schema, overrides) from error
+
+
+def _needed(example: str) -> None:
+    """`${needed:'s3://…'}` in a YAML: the user must give this one. (`???` doesn't replace a default.)"""
+    raise ValueError(f"a value is needed, like {example}")
+
+
+def _to_dataclass(values: DictConfig, schema: type[T], overrides: Sequence[str]) -> T:
+    try:
+        return typing.cast(T, OmegaConf.to_object(values))
+    except OmegaConfBaseException as error:
+        raise _explain(error, schema, overrides) from error
+
+
+class _Words:
+    """Reads the words of a command line before Hydra does, to say what is wrong in the user's terms."""
+
+    def __init__(self, config_name: str, schema: type) -> None:
+        self.keys = dict(_keys(schema))
+        self.groups = _groups(config_name)
+
+    def normal(self, words: Sequence[str]) -> list[str]:
+        """The same as Hydra wants them; of several choices in one group the last counts."""
+        chosen: dict[str, str] = {}
+        values = []
+        for word in words:
+            key, value = self._split(word)
+            if key in self.groups:
+                chosen[key] = self._choice(key, value)
+            else:
+                values.append(_parsed(key, self._value(key, value)))
+        return [f"{self.groups[group]}={option}" for group, option in chosen.items()] + values
+
+    def _split(self, word: str) -> tuple[str, str]:
+        """(key, value) of a word; the key is known."""
+        found = OVERRIDE.fullmatch(word)
+        assert found is not None  # every part of the pattern may be empty
+        mark, key, value = found["mark"], found["key"].strip(), found["value"]
+        if word.startswith("-"):
+            plain = word.lstrip("-")
+            hint = f"write {plain}" if "=" in plain else "write key=value, or --help"
+            raise ConfigError(f"unknown option {word!r}; {hint}")
+        if mark == "~":
+            raise ConfigError(f"{word!r}: no key can be removed; give {key or 'it'} another value")
+        if not key:
+            raise ConfigError(f"{word!r} is not of the form key=value; --help lists all keys")
+        if key not in self.keys and key not in self.groups:
+            raise ConfigError(f"unknown key {key!r}{self._similar(key)}")
+        if value is None:
+            raise ConfigError(f"{key!r} has no value; write {key}=…")
+        if mark == "+":
+            raise ConfigError(f"{word!r}: the key exists already; write {key}={value}")
+        return key, value
+
+    def _similar(self, key: str) -> str:
+        """What the user may have meant: a key, a group, or a key of that name in some section."""
+        choices = [*self.keys, *self.groups]
+        close = difflib.get_close_matches(key, choices, n=1, cutoff=0.75)
+        close = close or [c for c in choices if c.rpartition(".")[2] == key.rpartition(".")[2]]
+        close = close or difflib.get_close_matches(key, choices, n=1, cutoff=0.6)
+        return f"; did you mean {close[0]!r}?" if close else "; --help lists all keys"
+
+    def _choice(self, group: str, option: str) -> str:
+        options = _files(group)
+        if option not in options:
+            raise ConfigError(f"{group}={option}: unknown{suggest(option, options)}")
+        return option
+
+    def _value(self, key: str, value: str) -> str:
+        kind = self.keys[key]
+        if dataclasses.is_dataclass(kind) and not value.startswith("{"):
+            first = dataclasses.fields(kind)[0].name
+            raise ConfigError(f"{key}={value}: {key} is a section; set its keys, like {key}.{first}=…")
+        return _quoted(value) if kind is str and value != "null" else value
+
+
+def _parsed(key: str, value: str) -> str:
+    """`key=value` after a look at whether Hydra can read it."""
+    word = f"{key}={value}"
+    try:
+        sweep = OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException as error:
+        raise ConfigError(
+            f"{word}: the value can't be read; put quotes around it, or close a bracket"
+        ) from error
+    if sweep:
+        raise ConfigError(f"{word}: one value is wanted; a list is written [a,b]")
+    return word
+
+
+def _quoted(text: str) -> str:
+    """`text` so that Hydra's grammar reads it literally; what is in quotes already stays."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _keys(schema: type, before: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of every field, sections included."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kind = hints[field.name]
+        yield before + field.name, kind
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _keys(kind, f"{before}{field.name}.")
+
+
+def _schemas(schema: type) -> set[type]:
+    """The dataclass and all that it is made of."""
+    kinds = [schema, *(kind for _, kind in _keys(schema))]
+    return {kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+# -- the folder ----------------------------------------------------------------------------------------------
+
+
+def _files(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def _defaults(config_name: str) -> list[Any]:
+    path = config_folder() / f"{config_name}.yaml"
+    try:
+        return (yaml.safe_load(path.read_text("utf-8")) or {}).get("defaults", [])
+    except OSError as error:
+        raise ConfigError(f"no {path.name} in {path.parent}; the installation is incomplete") from error
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{path} is no YAML mapping; mend or restore the file") from error
+
+
+def _groups(config_name: str, package: str = "") -> dict[str, str]:
+    """Group -> the name under which Hydra lets it be chosen, also in files nested by `name@package`."""
+    found: dict[str, str] = {}
+    for entry in _defaults(config_name):
+        if isinstance(entry, str):
+            name, at, inner = entry.partition("@")
+            if at:
+                found |= _groups(name, f"{package}.{inner}".strip("."))
+            continue
+        group, at, inner = next(iter(entry)).partition("@")
+        if inner == "_here_":
+            found[group] = f"{group}@{package or '_global_'}"
+        elif package or at:
+            found[group] = f"{group}@{package}.{inner or group}".replace("@.", "@")
+        else:
+            found[group] = group
+    return found
+
+
+def _options(config_name: str) -> dict[str, dict[str, str]]:
+    """Group -> option -> the first comment line of its file."""
+    folder = config_folder()
+    return {
+        group: {
+            option: (folder / group / f"{option}.yaml").read_text("utf-8").partition("\n")[0].lstrip("# ")
+            for option in _files(group)
+        }
+        for group in _groups(config_name)
+    }
+
+
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+def _explain(error: BaseException, schema: type, overrides: Sequence[str]) -> ConfigError:
+    """One sentence for what Hydra, OmegaConf or the YAML reader say in many."""
+    while error.__cause__ is not None and not isinstance(error, InterpolationResolutionError):
+        error = error.__cause__
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    key = re.sub(r"\[\d+\].*", "", str(getattr(error, "full_key", None) or ""))
+    keys = dict(_keys(schema))
+    if not key:
+        return ConfigError(f"the configuration can't be read: {said}")
+    if isinstance(error, InterpolationResolutionError):
+        return ConfigError(f"{key}: {said.rpartition(' raised while resolving interpolation: ')[2]}")
+    if key not in keys:
+        return ConfigError(f"unknown key {key!r}{suggest(key, keys)}")
+    given = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word).get(key)
+    found = re.search(r"[Vv]alue '(.*?)'(?= of type| for field|$)", said)
+    value = repr(given) if given is not None else repr(found[1]) if found else "the value"
+    return ConfigError(f"{key}: {value} is not {_wanted(keys[key])}")
+
+
+def _wanted(kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return "a list of numbers, like [1,2]" if typing.get_args(kind) == (float,) else "a list, like [a,b]"
+    return KINDS.get(kind, "a section")
