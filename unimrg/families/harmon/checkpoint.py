@@ -17,7 +17,6 @@ from unimrg.checkpoint import load_strictly, read_state_dict
 from unimrg.errors import CheckpointError, ConfigError
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.tokenizer import TINY_FOLDER, load_tokenizer
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"
@@ -95,6 +94,9 @@ def save_published(model: Harmon, path: Path) -> None:
 
 def tokenizer_for(config_tokenizer: str, weights: str, variant: str) -> Any:
     """The tokenizer named by the config, else beside the weights, else the tiny one."""
+    # Imported here, so that the module can also be run as a command of its own.
+    from unimrg.families.harmon.tokenizer import TINY_FOLDER, load_tokenizer
+
     if config_tokenizer:
         return load_tokenizer(config_tokenizer)
     if weights and (Path(weights) / "tokenizer.json").is_file():
