@@ -34,32 +34,29 @@ def plan_attention(
     """
     if query.shape[0] != 1 or query.shape[2] != plan.length:
         raise ValueError(f"plan of {plan.length} tokens doesn't fit queries of shape {tuple(query.shape)}")
+    gathered = plan.gathered(query.device)
+    # One gather for all groups: each would otherwise fill a gradient of the whole sequence in the backward pass.
+    queries = _rows(query, gathered.query_index).split([group.count * group.queries for group in gathered.groups])
+    key_rows = [group.count * group.keys for group in gathered.groups]
+    keys = _rows(key, gathered.key_index).split(key_rows)
+    values = _rows(value, gathered.key_index).split(key_rows)
     outputs = []
-    for group in plan.groups:
-        queries, keys = group.query_index.shape[1], group.key_index.shape[1]
+    for group, q, k, v in zip(gathered.groups, queries, keys, values, strict=True):
         out = scaled_dot_product_attention(
-            _gather(query, group.query_index),
-            _gather(key, group.key_index),
-            _gather(value, group.key_index),
-            attn_mask=_lower_right(queries, keys, query.device) if group.causal and queries < keys else None,
-            is_causal=group.causal and queries == keys,
+            *(x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v)),
+            attn_mask=group.mask,
+            is_causal=group.causal and group.mask is None,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    packed = torch.cat(outputs)[plan.ungroup_index.to(query.device)]
+    packed = torch.cat(outputs).index_select(0, gathered.packed_index)
     return packed.transpose(0, 1).unsqueeze(0)
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[1, A, T, D] and [n, l] -> [n, A, l, D]."""
-    picked = x[0].index_select(1, index.flatten().to(x.device))
-    return picked.unflatten(1, index.shape).transpose(0, 1)
-
-
-def _lower_right(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """Causal mask whose last row sees every key: SDPA's own `is_causal` aligns at the top left."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[1, A, T, D] to [N, A, D]."""
+    return x.squeeze(0).transpose(0, 1).index_select(0, index)
 
 
 def _transformers_attention(

@@ -42,14 +42,30 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments of one shape, gathered so that they run as one batch.
+    """`count` segments of one shape, which run as one batch.
 
-    query_index: [n, queries] and key_index: [n, keys], positions in the packed sequence.
+    mask: bool [queries, keys], True = may look, for causal segments with more keys than queries; else None.
     """
 
+    count: int
+    queries: int
+    keys: int
+    causal: bool
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The segments of a plan sorted into groups, on one device.
+
+    query_index: [T] and key_index: [sum of all segments' keys]: packed positions, group by group.
+    packed_index: [T], where each packed token stands in `query_index`.
+    """
+
+    groups: tuple[SegmentGroup, ...]
     query_index: torch.Tensor
     key_index: torch.Tensor
-    causal: bool
+    packed_index: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -86,26 +102,31 @@ class Plan:
             mask[slice(*segment.query), keys] = allowed
         return mask
 
+    def gathered(self, device: torch.device) -> Gathered:
+        """Segments batched by shape: few large attention calls instead of many small ones. Built once."""
+        if device not in self._gathered:
+            self._gathered[device] = self._gather(device)
+        return self._gathered[device]
+
     @cached_property
-    def groups(self) -> tuple[SegmentGroup, ...]:
-        """Segments batched by shape: few large attention calls instead of many small ones."""
+    def _gathered(self) -> dict[torch.device, Gathered]:
+        return {}
+
+    def _gather(self, device: torch.device) -> Gathered:
         shapes: dict[tuple[int, int, bool], list[Segment]] = {}
         for segment in self.segments:
             shapes.setdefault((segment.query_length, segment.key_length, segment.causal), []).append(segment)
-        return tuple(
-            SegmentGroup(
-                torch.stack([torch.arange(*segment.query) for segment in same]),
-                torch.stack([_indices(segment.keys) for segment in same]),
-                causal,
-            )
-            for (_, _, causal), same in shapes.items()
+        ordered = [segment for same in shapes.values() for segment in same]
+        query_index = _indices(segment.query for segment in ordered)
+        return Gathered(
+            tuple(
+                SegmentGroup(len(same), queries, keys, causal, _lower_right(queries, keys, causal, device))
+                for (queries, keys, causal), same in shapes.items()
+            ),
+            query_index.to(device),
+            _indices(span for segment in ordered for span in segment.keys).to(device),
+            query_index.argsort().to(device),
         )
-
-    @cached_property
-    def ungroup_index(self) -> torch.Tensor:
-        """[T]: where each token's output stands in the concatenation of the groups' outputs."""
-        order = torch.cat([group.query_index.flatten() for group in self.groups])
-        return torch.argsort(order)
 
     @property
     def attended_pairs(self) -> int:
@@ -119,3 +140,10 @@ class Plan:
 
 def _indices(spans: Iterable[Span]) -> torch.Tensor:
     return torch.cat([torch.arange(start, stop) for start, stop in spans])
+
+
+def _lower_right(queries: int, keys: int, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """Causal mask whose last row sees every key; None where none is needed or the usual one will do."""
+    if not causal or queries == keys:
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
