@@ -29,9 +29,11 @@ test-all: env  ## run every test, the slow ones too; those of the GPU where ther
 	@$(PYTHON) -m pytest -m "" $(ARGS)
 
 check: env  ## look at formatting, lint and types; changes nothing
-	@$(PYTHON) -m ruff format --quiet --check . || { echo "formatting differs: make format"; exit 1; }
-	@$(PYTHON) -m ruff check --quiet .
-	@$(PYTHON) -m mypy
+	@status=0; \
+	$(PYTHON) -m ruff format --quiet --check --output-format concise . || { echo "mended by: make format"; status=1; }; \
+	$(PYTHON) -m ruff check --quiet --output-format concise . || status=1; \
+	$(PYTHON) -m mypy || status=1; \
+	exit $$status
 
 format: env  ## format the code and mend what lint can mend
 	@$(PYTHON) -m ruff check --quiet --fix-only .
