@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -33,6 +33,7 @@ def run(config: RunConfig) -> int:
     config.name = (
         config.name or f"{config.family.name}-{config.family.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
+    make_absolute(config)
     store = run_store(config)
     store.check_writable()
     folder = local_folder(config)
@@ -55,6 +56,26 @@ def run(config: RunConfig) -> int:
     return 0
 
 
+def make_absolute(config: RunConfig) -> None:
+    """Local paths as this process sees them: workers run in folders of their own."""
+    s3 = config.s3.store()
+    for part, keys in (
+        (config, ("storage_path",)),
+        (config.data, ("images",)),
+        (config.teachers, ("stored",)),
+        (config.family, ("weights", "vae_weights", "tokenizer")),
+    ):
+        for key in filter(lambda k, part=part: getattr(part, k), keys):
+            setattr(part, key, Store.at(getattr(part, key), s3).url)
+    for key in ("manifest", "held_out"):
+        if url := getattr(config.data, key):
+            folder, name = split_url(url)
+            setattr(config.data, key, f"{Store.at(folder, s3).url}/{name}")
+    for teacher in (config.teachers.depth, config.teachers.segmentation):
+        if Path(teacher.checkpoint).is_dir():  # anything else is a hub id
+            teacher.checkpoint = str(Path(teacher.checkpoint).absolute())
+
+
 def local_folder(config: RunConfig) -> Path:
     """Where a run's report and metrics lie on this machine: in the storage itself when that is local."""
     store = run_store(config)
@@ -65,15 +86,18 @@ def prepare_data(config: RunConfig) -> None:
     """Write the embedded data set where none is named, and point the config at it."""
     if config.data.manifest:
         return
-    from unimrg.data.scenes.write import write_scenes
+    from unimrg.data.scenes.write import SceneSettings, write
 
-    root = Store.at(config.storage_path, config.s3.store()).child("scenes")
     scenes = config.data.scenes
-    config.data.images = write_scenes(
-        root, scenes.train, scenes.test, scenes.size, scenes.questions, scenes.seed
-    ).url
-    config.data.manifest = f"{config.data.images}/train.json"
-    config.data.held_out = f"{config.data.images}/test.json"
+    settings = SceneSettings(**dataclasses.asdict(scenes))
+    # The settings are in the name: another data set never stands in the way.
+    name = f"scenes-{scenes.train}-{scenes.test}-{scenes.size}px-{scenes.questions}q-seed{scenes.seed}"
+    root = Store.at(config.storage_path, config.s3.store()).child(name)
+    if write(root, settings, workers=os.cpu_count() or 1):
+        print(f"made {scenes.train} + {scenes.test} scenes in {root.url}", flush=True)
+    config.data.images = root.url
+    config.data.manifest = f"{root.url}/train.json"
+    config.data.held_out = f"{root.url}/test.json"
 
 
 def check_data(config: RunConfig) -> None:

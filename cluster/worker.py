@@ -16,6 +16,8 @@ from uuid import uuid4
 
 import ray
 import ray.train
+import ray.train.collective
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
