@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from pathlib import Path
@@ -15,12 +14,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.held_out import compare
 from cluster.monitor import start_monitor
-from cluster.pipeline import open_manifest, split_url
+from cluster.prepare import check_data, make_absolute, prepare_data
 from cluster.progress import Progress
 from cluster.session import gpus_of_cluster, ray_session
 from cluster.worker import CHECKPOINTS, MODEL, run_store, train_worker
 from unimrg.config import RunConfig, redacted, to_plain
-from unimrg.errors import DataError, UnimrgError
+from unimrg.errors import UnimrgError
 from unimrg.report import write_report
 from unimrg.storage import Store
 
@@ -56,60 +55,10 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def make_absolute(config: RunConfig) -> None:
-    """Local paths as this process sees them: workers run in folders of their own."""
-    s3 = config.s3.store()
-    for part, keys in (
-        (config, ("storage_path",)),
-        (config.data, ("images",)),
-        (config.teachers, ("stored",)),
-        (config.family, ("weights", "vae_weights", "tokenizer")),
-    ):
-        for key in filter(lambda k, part=part: getattr(part, k), keys):
-            setattr(part, key, Store.at(getattr(part, key), s3).url)
-    for key in ("manifest", "held_out"):
-        if url := getattr(config.data, key):
-            folder, name = split_url(url)
-            setattr(config.data, key, f"{Store.at(folder, s3).url}/{name}")
-    for teacher in (config.teachers.depth, config.teachers.segmentation):
-        if Path(teacher.checkpoint).is_dir():  # anything else is a hub id
-            teacher.checkpoint = str(Path(teacher.checkpoint).absolute())
-
-
 def local_folder(config: RunConfig) -> Path:
     """Where a run's report and metrics lie on this machine: in the storage itself when that is local."""
     store = run_store(config)
     return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS) / config.name
-
-
-def prepare_data(config: RunConfig) -> None:
-    """Write the embedded data set where none is named, and point the config at it."""
-    if config.data.manifest:
-        return
-    from unimrg.data.scenes.write import SceneSettings, write
-
-    scenes = config.data.scenes
-    settings = SceneSettings(**dataclasses.asdict(scenes))
-    # The settings are in the name: another data set never stands in the way.
-    name = f"scenes-{scenes.train}-{scenes.test}-{scenes.size}px-{scenes.questions}q-seed{scenes.seed}"
-    root = Store.at(config.storage_path, config.s3.store()).child(name)
-    if write(root, settings, workers=os.cpu_count() or 1):
-        print(f"made {scenes.train} + {scenes.test} scenes in {root.url}", flush=True)
-    config.data.images = root.url
-    config.data.manifest = f"{root.url}/train.json"
-    config.data.held_out = f"{root.url}/test.json"
-
-
-def check_data(config: RunConfig) -> None:
-    """Stop before training when the manifest or the image folder can't be read.
-
-    Raises DataError or StorageError with one sentence.
-    """
-    for url in filter(None, (config.data.manifest, config.data.held_out)):
-        manifest = open_manifest(url, config.s3, config.data.group_by_image)
-    if not len(manifest):
-        raise DataError(f"{url} has no entries")
-    Store.at(config.data.images or split_url(config.data.manifest)[0], config.s3.store()).check_readable()
 
 
 def train(config: RunConfig, folder: Path, gpus: int) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 REDACTED = "(redacted)"
 
+FAMILIES = {"harmon": "unimrg.families.harmon"}
+"""Name of each model family and the module that is imported when it is chosen."""
+
 
 def suggest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` or the list of choices."""
@@ -83,8 +86,6 @@ class FamilyConfig:
     dropout: float = knob(-1.0, "dropout inside the image model, 0..0.99; -1 = the variant's own")
 
     def check(self) -> None:
-        from unimrg.families import FAMILIES
-
         require_choice("family.name", self.name, FAMILIES)
         if self.dropout != -1:
             require("family.dropout", self.dropout, 0, 0.99)
@@ -97,14 +98,14 @@ class ScenesConfig:
     train: int = knob(1600, "pictures to train on")
     test: int = knob(64, "pictures held out")
     size: int = knob(128, "side of a picture in pixels, 32..1024")
-    questions: int = knob(6, "questions per picture, 1..32")
+    questions: int = knob(6, "questions per picture, 2..8")
     seed: int = knob(0, "another seed draws other pictures")
 
     def check(self) -> None:
         require("data.scenes.train", self.train, 1)
         require("data.scenes.test", self.test, 1)
         require("data.scenes.size", self.size, 32, 1024)
-        require("data.scenes.questions", self.questions, 1, 32)
+        require("data.scenes.questions", self.questions, 2, 8)
 
 
 @dataclass
@@ -368,6 +369,8 @@ class GenerateConfig:
             )
         if self.task and not self.image:
             raise ConfigError("image is empty; give the picture to draw from, like image=photo.jpg")
+        if self.out and not self.out.endswith(".png"):
+            raise ConfigError(f"out: {self.out!r} must end in .png")
         require("iterations", self.iterations, 0)
         require("guidance", self.guidance, 0)
         require("temperature", self.temperature, 0)
@@ -391,8 +394,6 @@ class ExportConfig:
     s3: S3Options = field(default_factory=S3Options)
 
     def check(self) -> None:
-        from unimrg.families import FAMILIES
-
         require_choice("layout", self.layout, ("published", "pretrained"))
         require_choice("family", self.family, FAMILIES)
         needed = ("checkpoint", "out") if self.layout == "published" else ("weights", "vae_weights", "out")

@@ -115,9 +115,7 @@ class Fetch:
     def _map(self, name: str, row: Row, shape: tuple[int, int]) -> np.ndarray | None:
         teacher = getattr(self.sources, name)
         if teacher == "stored":
-            assert self.sources.stored is not None
-            path = f"{name}/{stored_name(row['image'])}"
-            return _fit(_decode_grey(self._read(self.sources.stored, path, self.limits.max_bytes)), shape)
+            return _fit(_decode_grey(self._stored(name, row["image"])), shape)
         if teacher != "oracle":
             return None
         column = "depth" if name == "depth" else "masks"
@@ -127,6 +125,18 @@ class Fetch:
         if name == "depth":
             return oracle_depth(_fit(decode_map(raw), shape))
         return oracle_segmentation(_fit(decode_masks(raw), shape))
+
+    def _stored(self, name: str, image: str) -> bytes:
+        """The map file, under our name or one of the published scripts'."""
+        assert self.sources.stored is not None
+        folder = self.sources.stored.child(name)
+        for path in (stored_name(image), *_published_names(pair_name(image))):
+            try:
+                return self._read(folder, path, self.limits.max_bytes)
+            except SampleError as error:
+                if error.reason != "missing-file":
+                    raise
+        raise SampleError("missing-label", f"{name}/{stored_name(image)}")
 
     def _read(self, store: Store, path: str, limit: int) -> bytes:
         path = pair_name(path)
@@ -192,12 +202,15 @@ class Render:
 
 
 def stored_name(image: str) -> str:
-    """Where a stored map of an image lies: the image's own path, as PNG."""
-    return (
-        pair_name(image).rsplit(".", 1)[0] + ".png"
-        if "." in image.rsplit("/", 1)[-1]
-        else pair_name(image) + ".png"
-    )
+    """Where a stored map of an image lies: the image's own path, as PNG; no two images share one."""
+    path = pair_name(image)
+    return path if path.endswith(".png") else path + ".png"
+
+
+def _published_names(image: str) -> tuple[str, ...]:
+    """Where the published labelling scripts put a map: another suffix, or the image's own name."""
+    stem = image.rsplit(".", 1)[0] if "." in image.rsplit("/", 1)[-1] else image
+    return (image, f"{stem}.png", f"{stem}.jpg")
 
 
 def wanted_maps(tasks: tuple[Task, ...], depth: str, segmentation: str) -> tuple[str, str]:
