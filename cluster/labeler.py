@@ -68,7 +68,7 @@ def run(config: LabelConfig) -> int:
 
 def find_missing(manifest: Manifest, out: Store) -> list[int]:
     """Rows with a picture of which some map is not stored yet."""
-    stored = {name: {e.path for e in out.list(name, recursive=True)} for name in MAPS}
+    stored = {name: {entry.path for entry in out.child(name).list(recursive=True)} for name in MAPS}
     missing = []
     row = 0
     for batch in manifest.iter_batches():
