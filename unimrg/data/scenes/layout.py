@@ -15,7 +15,7 @@ import numpy as np
 from unimrg.data.scenes.world import REST, Camera, Light, Look, Thing
 
 CANDIDATES = 144
-RESTARTS = 10
+RESTARTS = 4
 # Margins of the compared quantities, in picture fractions or as ratios; the checks in `questions` are laxer.
 SIDE_GAP = 0.09
 HEIGHT_GAP = 0.06
@@ -170,7 +170,7 @@ def _fits(i: int, new: Spots, placed: dict[int, Spots], wishes: Wishes, focal: f
             front, behind = (new, old) if (i, j) in wishes.hides else (old, new)
             good &= (apart > 0.45) & (apart < 0.82) & (front.depth * 1.12 < behind.depth)
         else:
-            good &= apart > (1.2 if i in wishes.clear or j in wishes.clear else 0.85)
+            good &= apart > (1.12 if i in wishes.clear or j in wishes.clear else 0.78)
     return good & _related(i, new, placed, wishes)
 
 

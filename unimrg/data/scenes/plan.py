@@ -11,6 +11,7 @@ hard picture never changes the odds of an answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -90,12 +91,12 @@ class Plan:
     def ask(self, family: str) -> Ask | None:
         return next((ask for ask in self.asks if ask.stake.family == family), None)
 
-    @property
+    @cached_property
     def alone_shapes(self) -> frozenset[str]:
         """Shapes that occur once in each picture."""
         return frozenset(name.shape for name in self.names if name.kind == "shape")
 
-    @property
+    @cached_property
     def alone_colours(self) -> frozenset[str]:
         return frozenset(name.colour for name in self.names if name.kind == "colour")
 
@@ -106,7 +107,7 @@ def draw_stakes(rng: np.random.Generator, questions: int) -> Stakes:
         counting = bool(rng.random() < COUNTING)
         roles = 2 if counting else int(rng.choice([2, 3, 4], p=[0.15, 0.35, 0.5]))
         chosen = _families(rng, questions, roles, counting)
-        forms = _forms(rng, chosen)
+        forms = _forms(rng, chosen, roles)
         if forms is not None:
             break
     extra = int(rng.choice(3, p=[0.55, 0.35, 0.1]))
@@ -136,14 +137,18 @@ def _families(rng: np.random.Generator, questions: int, roles: int, counting: bo
         return [chosen[k] for k in rng.permutation(questions)]
 
 
-def _forms(rng: np.random.Generator, chosen: list[str]) -> dict[str, str] | None:
+def _forms(rng: np.random.Generator, chosen: list[str], roles: int) -> dict[str, str] | None:
     """A form for each family with an even number of yes/no questions; None if there is no such choice."""
     forms = {}
+    # With one object called by its shape and the other by its colour, "which" has no one-word answer.
+    unlike = roles == 2 and "shape" in chosen and not {"colour", "binding"}.isdisjoint(chosen)
     for family in chosen:
         options = [form for name, form in TEMPLATES if name == family]
+        if unlike and family in WHICH:
+            options = ["yn"]
         forms[family] = options[int(rng.integers(len(options)))]
     if sum(form == "yn" for form in forms.values()) % 2:
-        flexible = [family for family in chosen if family in FLEXIBLE]
+        flexible = [family for family in chosen if family in FLEXIBLE and not (unlike and family in WHICH)]
         if not flexible:
             return None
         turned = flexible[int(rng.integers(len(flexible)))]
@@ -199,12 +204,14 @@ def _slots(rng: np.random.Generator, stakes: Stakes) -> tuple[list[str], dict[st
         if stakes.has(family):
             slots[family] = (len(kinds),)
             kinds.append(kind)
+    fixed = len(kinds)
     while len(kinds) < stakes.roles:
         kinds.append(("shape", "colour", "full")[int(rng.integers(3))])
     order = rng.permutation(stakes.roles).tolist()
     deep = [stake.family for stake in stakes.stakes if stake.family in DEPTH_FAMILIES]
     for k, family in enumerate(deep):
         slots[family] = (order[2 * k], order[2 * k + 1])
+    _name_alike(rng, stakes, kinds, slots, fixed)
     slots["side"] = tuple(rng.permutation(stakes.roles)[:2].tolist())
     slots["material"] = (int(rng.integers(stakes.roles)),)
     free = [k for k in range(stakes.roles) if k not in slots.get("larger", ())]
@@ -213,9 +220,22 @@ def _slots(rng: np.random.Generator, stakes: Stakes) -> tuple[list[str], dict[st
 
 
 def _one_word(stakes: Stakes, kinds: list[str], slots: dict[str, tuple[int, ...]]) -> bool:
-    """Whether "which" can be answered in one word: both by shape or both by colour."""
+    """Whether both objects of every "which" are called by shape, or both by colour."""
     asked = [slots[s.family] for s in stakes.stakes if s.form == "choice" and s.family in WHICH]
-    return all(kinds[a] == kinds[b] != "full" for a, b in asked)
+    return all(kinds[a] == kinds[b] for a, b in asked)
+
+
+def _name_alike(
+    rng: np.random.Generator, stakes: Stakes, kinds: list[str], slots: dict[str, tuple[int, ...]], fixed: int
+) -> None:
+    """Lets "which" be answered in one word, both by shape or both by colour; the first `fixed` kinds stay."""
+    for stake in stakes.stakes:
+        if stake.form == "choice" and stake.family in WHICH:
+            pair = slots[stake.family]
+            settled = [kinds[k] for k in pair if k < fixed]
+            kind = settled[0] if settled else ("shape", "colour")[int(rng.integers(2))]
+            for k in pair:
+                kinds[k] = kinds[k] if k < fixed else kind
 
 
 def _names(rng: np.random.Generator, kinds: list[str]) -> tuple[Name, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from unimrg.data.scenes.shapes import dot, hit, normal
+from unimrg.data.scenes.shapes import chosen, dot, hit, normal
 from unimrg.data.scenes.world import BOUND, PALETTE, Rendering, Thing, World
 
 EDGE = 0.1  # difference in display brightness between neighbours that asks for more rays
@@ -119,10 +119,10 @@ def _trace(world: World, bodies: tuple[Body, ...], rays: np.ndarray, side: int =
     for k, body in enumerate(bodies):
         near = _window(world, body, side) if side else _within(eye, rays, body)
         found = hit(body.thing.look.shape, body.inward @ (eye - body.centre), body.inward @ rays[:, near])
-        met = np.flatnonzero(np.isfinite(found))
+        met = chosen(np.isfinite(found))
         near, found = near[met], found[met]
         alone.append(near)
-        ahead = np.flatnonzero(found < t[near])
+        ahead = chosen(found < t[near])
         front = near[ahead]
         t[front] = found[ahead]
         ids[front] = k + 1
@@ -144,20 +144,19 @@ def _within(eye: np.ndarray, rays: np.ndarray, body: Body) -> np.ndarray:
     to = body.centre - eye
     along = to[:, 0] @ rays
     least = float(dot(to, to)[0]) - body.reach**2
-    return np.flatnonzero((along > 0) & (least * dot(rays, rays) <= along * along))
+    return chosen((along > 0) & (least * dot(rays, rays) <= along * along))
 
 
 def _shade(world: World, bodies: tuple[Body, ...], rays: np.ndarray, trace: Trace) -> np.ndarray:
     """Linear RGB, float32 [3, N]."""
-    colour = np.empty(rays.shape, np.float32)
     t = np.minimum(trace.t, np.float32(1e3))  # the sky has no place; haze covers what is this far
     points = rays * t
     points[1] += np.float32(world.camera.height)
     lit = _lit(world, bodies, points, trace.ids)
-    ground = np.flatnonzero(trace.ids == 0)
-    colour[:, ground] = _ground(world, bodies, rays[:, ground], points[:, ground], t[ground], lit[ground])
+    # Ground everywhere, then the objects over it: cheaper than picking out the pixels of the ground.
+    colour = _ground(world, bodies, rays, points, t, lit)
     for k, body in enumerate(bodies):
-        mine = np.flatnonzero(trace.ids == k + 1)
+        mine = chosen(trace.ids == k + 1)
         if mine.size:
             colour[:, mine] = _surface(world, body, rays[:, mine], points[:, mine], lit[mine])
     return colour
@@ -176,7 +175,7 @@ def _ground(
     shade = 1 - 0.1 * _checks(points, 40 / t) * np.clip(1.5 - t / 14, 0, 1)
     bright = light.ambient * _openness(bodies, points) + light.sun * light.towards[1] * lit
     out = _column(light.ground) * (shade * bright)
-    hazy = np.flatnonzero(t > HAZE[0])
+    hazy = chosen(t > HAZE[0])
     haze = np.minimum((t[hazy] - HAZE[0]) / (HAZE[1] - HAZE[0]), 1)
     out[:, hazy] += (_sky(world, rays[:, hazy]) - out[:, hazy]) * haze
     return out
@@ -219,7 +218,7 @@ def _lit(world: World, bodies: tuple[Body, ...], points: np.ndarray, ids: np.nda
     lit = np.ones(points.shape[1], np.float32)
     for k, body in enumerate(bodies):
         u, v, w = (float(value) for value in frame @ body.centre[:, 0])
-        near = np.flatnonzero((across - u) ** 2 + (along - v) ** 2 < body.reach**2)
+        near = chosen((across - u) ** 2 + (along - v) ** 2 < body.reach**2)
         casts = (height[near] < w + body.reach) & (lit[near] > 0)
         if body.thing.look.shape != "torus":  # the others are convex: they don't shade themselves
             casts &= ids[near] != k + 1

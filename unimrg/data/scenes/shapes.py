@@ -16,7 +16,7 @@ CYLINDER = (0.8, 0.9)  # radius, half height
 CONE_SLOPE = 0.5  # radius lost per unit of height: radius 1 at y = -1, apex at y = 1
 TORUS = (0.7, 0.3)  # the ring stands upright in the x-y plane
 NEAR = 1e-3
-MARCH_STEPS = 21
+MARCH_STEPS = 18
 
 Hit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -24,6 +24,11 @@ Hit = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Inner products over the first axis, [3, N] -> [N]; several times faster than `(a * b).sum(0)`."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def chosen(mask: np.ndarray) -> np.ndarray:
+    """Indices where the mask [N] is true; `flatnonzero` without its overhead, which counts here."""
+    return mask.nonzero()[0]
 
 
 def _roots(a: np.ndarray, half_b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +87,7 @@ def _torus(o: np.ndarray, d: np.ndarray) -> np.ndarray:
     middle, reach = -o[2] * inverse, tube * np.abs(inverse)
     enter = np.maximum(np.maximum(near, middle - reach), NEAR)
     leave = np.minimum(far, middle + reach)
-    live = np.flatnonzero(enter < leave)
+    live = chosen(enter < leave)
     if not live.size:
         return found
     t, leave = enter[live], leave[live] + NEAR
@@ -92,12 +97,13 @@ def _torus(o: np.ndarray, d: np.ndarray) -> np.ndarray:
         x, y, z = start[0] + t * ray[0], start[1] + t * ray[1], start[2] + t * ray[2]
         across = np.sqrt(x * x + y * y) - ring
         gap = np.sqrt(across * across + z * z) - tube
-        t = t + gap * speed
+        # Longer steps near the surface: a little too far is mended by the next step, which goes back.
+        t = t + gap * speed * np.where(gap < 0.08, np.float32(1.5), np.float32(1))
         if step % 3 == 0:  # keep only the rays that neither left nor arrived
             last = step == MARCH_STEPS
-            done = (gap < (4e-3 if last else 2e-4)) & (t < leave)
+            done = (np.abs(gap) < (4e-3 if last else 3e-4)) & (t < leave)
             found[live[done]] = t[done]
-            going = np.flatnonzero(~done & (t < leave))
+            going = chosen(~done & (t < leave))
             if not going.size:
                 break
             live, t, leave, speed, ray = live[going], t[going], leave[going], speed[going], ray[:, going]

@@ -7,6 +7,7 @@ truth of the relation is turned over in the answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 FAMILIES = (
     "existence",
@@ -111,7 +112,7 @@ class Name:
     colour: str = ""
     shape: str = ""
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """Which part is named: full, shape or colour."""
         return "full" if self.colour and self.shape else "shape" if self.shape else "colour"

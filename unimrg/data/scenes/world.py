@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -192,6 +193,7 @@ class Scene:
         return self.rendering.ids
 
 
+@cache
 def seen_pairs(split: str) -> tuple[tuple[str, str], ...]:
     """The colour-shape pairs that may occur in a split: all in `test`, all but HELD_OUT in `train`."""
     every = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
