@@ -35,8 +35,9 @@ def plan_attention(
     if query.shape[0] != 1 or query.shape[2] != plan.length:
         raise ValueError(f"plan of {plan.length} tokens doesn't fit queries of shape {tuple(query.shape)}")
     gathered = plan.gathered(query.device)
-    # One gather for all groups: each would otherwise fill a gradient of the whole sequence in the backward pass.
-    queries = _rows(query, gathered.query_index).split([group.count * group.queries for group in gathered.groups])
+    # One gather for all groups: each of its own would fill a gradient of the whole sequence.
+    query_rows = [group.count * group.queries for group in gathered.groups]
+    queries = _rows(query, gathered.query_index).split(query_rows)
     key_rows = [group.count * group.keys for group in gathered.groups]
     keys = _rows(key, gathered.key_index).split(key_rows)
     values = _rows(value, gathered.key_index).split(key_rows)

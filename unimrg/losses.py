@@ -24,7 +24,7 @@ from unimrg.sample import Task
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Unweighted loss of one task in one micro-batch: `sum` of its terms (scalar tensor) and their `count`."""
+    """Unweighted loss of one task in a micro-batch: `sum` of its terms (scalar tensor) and their `count`."""
 
     sum: torch.Tensor
     count: int
@@ -35,15 +35,19 @@ class TaskLoss:
 
 
 def combine(
-    losses: Mapping[Task, TaskLoss], weights: Mapping[Task, float], counts: Mapping[Task, float], ranks: int = 1
+    losses: Mapping[Task, TaskLoss],
+    weights: Mapping[Task, float],
+    counts: Mapping[Task, float],
+    ranks: int = 1,
 ) -> torch.Tensor:
     """Weighted total of a micro-batch (scalar tensor), see the module's equation.
 
     counts: N_t over the global batch. A task that has no term anywhere contributes zero times its loss, so
     that every module takes part in every backward pass (ZeRO-3 needs it).
-    Raises KeyError when a loss has no weight: a task that is never weighted is a mistake, not a default.
+    Raises KeyError when a task has no weight: a task that is never weighted is a mistake, not a default.
     """
-    present = sum(weights[task] for task in losses if counts.get(task, 0) > 0)
+    # Over the tasks of the global batch, not of this micro-batch: all of them must divide by the same sum.
+    present = sum(weights[task] for task, count in counts.items() if count > 0)
     total = torch.zeros((), device=next(iter(losses.values())).sum.device)
     for task, loss in losses.items():
         count = counts.get(task, 0)

@@ -15,7 +15,6 @@ from tests.parity.qwen_tokenizer import QwenTokenizer
 from unimrg.families.harmon.config import VARIANTS, tiny
 from unimrg.families.harmon.generate import Prompt, sample_latents
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.optim import parameter_groups
 from unimrg.families.harmon.processor import CLOSE, OPEN, HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.sampling import guidance_at, mask_schedule
 from unimrg.losses import combine
@@ -221,7 +220,7 @@ def test_optimiser_groups_agree(harmon_case: Load) -> None:
     case = harmon_case("gradients")
     model = build_model(case)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay, rest = parameter_groups(model, 0.02)
+    decay, rest = model.parameter_groups(0.02)
     want, unused = case.config["optimizer_groups"], set(case.config["parameters_without_gradient"])
     assert {names[id(p)] for p in decay["params"]} == set(want["decay"]) - unused
     assert {names[id(p)] for p in rest["params"]} == set(want["no_decay"])

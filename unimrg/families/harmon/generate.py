@@ -63,10 +63,8 @@ def draw(
     options: DrawOptions,
 ) -> list[np.ndarray]:
     """Draw one picture per image, uint8 [S, S, 3]."""
-    rows = [
-        _embed(model, [*processor.open_ids, IMAGE_ID, *processor.encode(canonical_prompt(task) + CLOSE)], image)
-        for image in images
-    ]
+    ids = [*processor.open_ids, IMAGE_ID, *processor.encode(canonical_prompt(task) + CLOSE)]
+    rows = [_embed(model, ids, image) for image in images]
     if options.guidance != 1:
         rows += [_embed(model, processor.encode(OPEN + UNCONDITIONAL + CLOSE), None)] * len(images)
     embeds, mask = _pad(rows, left=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class States(NamedTuple):
 
 
 class ImageRows(NamedTuple):
-    """Both loss terms of every masked cell that counts: mse and vb [K, M]; decoder_in and decoded for tests."""
+    """Both loss terms of every masked cell that counts, mse and vb [K, M]; the other two are for tests."""
 
     mse: Tensor
     vb: Tensor
@@ -80,8 +80,9 @@ class Harmon(Family):
     main_input_name = "batch"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _tied_weights_keys = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"llm.lm_head.weight": "llm.model.embed_tokens.weight"}
 
+    NO_DECAY = ("diffloss",)
     PARTS = ("llm", "mar_encoder", "mar_decoder", "proj_in", "proj_out")
 
     def __init__(self, config: HarmonConfig) -> None:
@@ -99,9 +100,11 @@ class Harmon(Family):
         """Parts initialise themselves; the language model by its own library's rule."""
 
     def train(self, mode: bool = True) -> Harmon:
-        """The autoencoder is frozen: it never leaves evaluation mode."""
+        """The autoencoder never leaves evaluation mode; it and the unused table stay frozen."""
         super().train(mode)
-        self.vae.eval()
+        # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
+        self.vae.eval().requires_grad_(False)
+        self.mar.class_emb.requires_grad_(False)
         return self
 
     # -- the loss --------------------------------------------------------------------------------------------
@@ -131,7 +134,8 @@ class Harmon(Family):
         if batch.visible_lengths:
             target_cells = latents[batch.target_source].flatten(0, 1)
             visible = target_cells[self._visible_rows(batch)]
-            encoded = self.mar.encode_ragged(visible, batch.visible_cells, list(batch.visible_lengths), self.grid)
+            lengths = list(batch.visible_lengths)
+            encoded = self.mar.encode_ragged(visible, batch.visible_cells, lengths, self.grid)
             parts.append(self.proj_in(encoded))
         parts.append(self.llm.get_input_embeddings()(batch.token_ids))
         embeds = torch.cat(parts).index_select(0, batch.source_index)
@@ -175,7 +179,8 @@ class Harmon(Family):
         assert states.target_encoded is not None
         from_text = self.proj_out(states.hidden.index_select(0, batch.hidden_index))
         decoder_in = states.target_encoded + from_text
-        decoded = self.mar.decode_ragged(decoder_in, batch.visible_cells, list(batch.visible_lengths), self.grid)
+        lengths = list(batch.visible_lengths)
+        decoded = self.mar.decode_ragged(decoder_in, batch.visible_cells, lengths, self.grid)
         condition = decoded.flatten(0, 1).index_select(0, batch.loss_rows)
         target = states.latents[batch.target_source].flatten(0, 1).index_select(0, batch.loss_rows)
         draws = len(timesteps)
@@ -235,7 +240,8 @@ class Harmon(Family):
         """
         unknown = set(parts) - set(self.PARTS)
         if unknown:
-            raise ConfigError(f"family.freeze: no part named {sorted(unknown)[0]!r}; parts are {', '.join(self.PARTS)}")
+            parts_known = ", ".join(self.PARTS)
+            raise ConfigError(f"family.freeze: no part named {sorted(unknown)[0]!r}; parts are {parts_known}")
         frozen = set(parts)
         if not set(tasks) & set(IMAGE_TASKS):
             frozen |= {"mar_decoder", "proj_out"}

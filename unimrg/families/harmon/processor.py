@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -181,7 +181,7 @@ class HarmonProcessor:
         ids = self.encode(OPEN + slip + text + CLOSE)
         return [*ids[:3], IMAGE_ID, *ids[3:]][:PUBLISHED_MAX_PROMPT]
 
-    # -- samples to branches -----------------------------------------------------------------------------------
+    # -- samples to branches ---------------------------------------------------------------------------------
 
     def _branches(self, sample: Sample, pictures: Pictures, notes: dict[str, int]) -> list[BranchSpec]:
         image = self._add_image(sample.image, pictures)
@@ -262,7 +262,7 @@ class HarmonProcessor:
     # -- every module in every batch -------------------------------------------------------------------------
 
     def _lacks_a_module(self, branches: list[BranchSpec]) -> bool:
-        """Whether some trained module would not run: sharded optimisers and ranks in step need all of them."""
+        """Whether a trained module would not run: sharded optimisers and ranks in step need all of them."""
         draws = any(task in self.tasks for task in IMAGE_TASKS)
         return (
             not branches
@@ -277,13 +277,17 @@ class HarmonProcessor:
         sample = Sample(
             id="filler",
             position=0,
-            conversations=((Turn("?", "."),),),
+            conversations=(),
             image=self._grey(),
             targets={task: self._grey() for task in IMAGE_TASKS},
             valid=(0, 0, side, side),
         )
-        fillers = self._branches(sample, pictures, {"truncated": 0})
-        return [BranchSpec(f.prefix, f.image, f.ids, f.labels, f.target, weight=0.0) for f in fillers]
+        image = len(pictures.images)
+        fillers = self._branches(sample, pictures, {})
+        if Task.UNDERSTANDING in self.tasks:  # not cut, however short texts may be
+            ids, labels = self.conversation((Turn("?", "."),), with_image=True)
+            fillers.append(self._split(ids[:-1], labels[:-1], image))
+        return [replace(filler, weight=0.0) for filler in fillers]
 
     def _grey(self) -> np.ndarray:
         """The all-zero image of the published recipe is mid-grey in pixels."""

@@ -1,0 +1,111 @@
+"""How long a training step takes, packed and in separate passes: prints one JSON line.
+
+    python -m tests.bench.step --threads 1
+
+`packed` is one forward and backward pass over every task of every sample. `separate` does the same work as
+one pass a task, each with its own prefix (six conversations about one picture still share it);
+`separate_rows` also gives every conversation its own prefix, as one row a conversation would. All three give
+the same losses and gradients. Times are medians of interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.tiny_harmon import random_sample, tokenizer
+from unimrg.families.harmon.config import VARIANTS
+from unimrg.families.harmon.model import Harmon
+from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
+from unimrg.losses import combine
+from unimrg.sample import IMAGE_TASKS, Sample, Task
+
+
+def passes(model: Harmon, samples: Sequence[Sample]) -> dict[str, list[HarmonBatch]]:
+    """The batches of each way to do the step."""
+
+    def batch(given: Sequence[Sample], *tasks: Task) -> HarmonBatch:
+        return HarmonProcessor(model.config, tokenizer(), tasks)(given).to(model.device)
+
+    rows = [replace(s, conversations=(c,)) for s in samples for c in s.conversations]
+    drawings = [batch(samples, task) for task in IMAGE_TASKS]
+    return {
+        "packed": [batch(samples, *Task)],
+        "separate": [batch(samples, Task.UNDERSTANDING), *drawings],
+        "separate_rows": [batch(rows, Task.UNDERSTANDING), *drawings],
+    }
+
+
+def step(model: Harmon, batches: Sequence[HarmonBatch]) -> float:
+    """Seconds of forward and backward over all batches."""
+    counts = {task: sum(b.counts[task] for b in batches) for task in Task}
+    model.zero_grad()
+    start = time.perf_counter()
+    for batch in batches:
+        combine(model(batch), dict.fromkeys(Task, 1.0), counts).backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def measure(model: Harmon, samples: Sequence[Sample], repetitions: int) -> dict[str, object]:
+    ways = passes(model, samples)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repetition in range(repetitions + 1):
+        for way, batches in ways.items():
+            taken = step(model, batches)
+            if repetition:  # the first one warms up
+                seconds[way].append(taken)
+    median = {way: statistics.median(values) for way, values in seconds.items()}
+    start = time.perf_counter()
+    HarmonProcessor(model.config, tokenizer())(samples)
+    return {
+        "seconds": {way: round(value, 4) for way, value in median.items()},
+        "ratio": round(median["separate"] / median["packed"], 3),
+        "ratio_rows": round(median["separate_rows"] / median["packed"], 3),
+        "tokens": {way: sum(b.tokens for b in batches) for way, batches in ways.items()},
+        "packing_seconds": round(time.perf_counter() - start, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--variant", default="tiny", choices=VARIANTS)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--conversations", type=int, default=6, help="of one short turn, about each picture")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config, rng = VARIANTS[options.variant](), np.random.default_rng(0)
+    model = Harmon(config).to(options.device).train()
+    samples = [
+        random_sample(rng, config.image_size, position, options.conversations)
+        for position in range(options.batch_size)
+    ]
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name()
+    about = {"torch": torch.__version__, "device": device, "date": date.today().isoformat()}
+    print(json.dumps(vars(options) | measure(model, samples, options.repetitions) | about))
+
+
+if __name__ == "__main__":
+    main()
