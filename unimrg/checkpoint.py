@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unimrg.engine import Engine, world
-from unimrg.errors import CheckpointError
+from unimrg.errors import CheckpointError, first_line
 from unimrg.storage import Store
 
 COMPLETE = "COMPLETE"
@@ -63,7 +63,12 @@ def load_training(folder: Path, engine: Engine) -> Progress:
         )
     engine.load(folder)
     rng = folder / f"rng-{rank}.pt"
-    _restore_rng(torch.load(rng, weights_only=True))
+    try:
+        _restore_rng(torch.load(rng, weights_only=True))
+    except Exception as error:  # torch raises several kinds for a missing, damaged or foreign file
+        raise CheckpointError(
+            f"{rng} can't be read ({first_line(error)}); continue from another checkpoint"
+        ) from error
     return progress
 
 
@@ -86,8 +91,8 @@ def mark_complete(store: Store, name: str) -> None:
 def is_complete(store: Store, name: str) -> bool:
     """Whether a stored checkpoint has its list and every file on it, in full."""
     try:
-        listed = json.loads(store.read_bytes(f"{name}/{COMPLETE}"))
-    except (FileNotFoundError, ValueError):
+        listed = dict(json.loads(store.read_bytes(f"{name}/{COMPLETE}")))
+    except (FileNotFoundError, ValueError, TypeError):
         return False
     there = {entry.path: entry.size for entry in store.list(name, recursive=True)}
     return all(there.get(path) == size for path, size in listed.items())
@@ -119,7 +124,7 @@ def _restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
 
 
-# -- weights of others -----------------------------------------------------------------------------------------
+# -- weights of others ---------------------------------------------------------------------------------------
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -134,12 +139,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+            raw: Any = load_file(path)
+        else:
+            raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each library has its own kinds; all mean an unusable file
         raise CheckpointError(
-            f"{path} can't be read safely ({str(error).splitlines()[0]}); only safetensors, or pickles of plain tensors, "
-            "are loaded: convert it where you trust it"
+            f"{path} can't be read safely ({first_line(error)}); only safetensors, or pickles of plain "
+            "tensors, are loaded: convert it where you trust it"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
@@ -156,12 +162,16 @@ def load_strictly(
 
     Raises CheckpointError listing missing, unexpected and wrongly shaped keys.
     """
+    check_fits(module, state, source, absent)
+    module.load_state_dict(state, strict=not absent)
+
+
+def check_fits(
+    module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()
+) -> None:
+    """What `load_strictly` checks, without loading: `module` may lie on the meta device."""
     own = module.state_dict()
-    missing = (
-        [k for k in own if k not in state and not k.startswith(absent)]
-        if absent
-        else [k for k in own if k not in state]
-    )
+    missing = [k for k in own if k not in state and not any(k.startswith(prefix) for prefix in absent)]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     problems = [
@@ -171,4 +181,3 @@ def load_strictly(
     ]
     if problems:
         raise CheckpointError(f"{source} doesn't fit the model: {'; '.join(problems)}; check family.variant")
-    module.load_state_dict(state, strict=not absent)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import typing
@@ -28,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from unimrg.config import redacted, suggest
-from unimrg.errors import ConfigError, UnimrgError
+from unimrg.errors import ConfigError, UnimrgError, first_line
 from unimrg.usage import usage
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """`configs/<config_name>.yaml` with `overrides`, as plain dataclasses, checked.
 
     overrides: `group=option` or `key=value`; the value of a text key is taken literally, commas and all, but
-    for `${oc.env:NAME}`. Raises ConfigError of one sentence for whatever is unknown, misspelt or unusable.
+    for `${oc.env:NAME}`, quotes around it, and `null` (empty). Raises ConfigError, one sentence, for whatever
+    is unknown, misspelt or unusable.
     """
     config = _to_dataclass(_merge(config_name, overrides, schema), schema, overrides)
     check = getattr(config, "check", None)
@@ -106,15 +108,25 @@ def _program(main: Callable[..., Any]) -> str:
 
 def _merge(config_name: str, overrides: Sequence[str], schema: type) -> DictConfig:
     """The merged configuration, typed by `schema`, unchecked and perhaps with missing values."""
+    _register(schema)
+    choices, values = _Words(config_name, schema).read(overrides)
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            merged = hydra_compose(config_name, choices)
+        # Not left to Hydra: it would take a key for a group wherever a folder has the same name.
+        for key, value in values:
+            OmegaConf.update(merged, key, value)
+        return merged
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise _explain(error, schema, overrides) from error
+
+
+@functools.cache
+def _register(schema: type) -> None:
+    """Make the dataclass, and all that it is made of, known to Hydra under their names."""
     for kind in _schemas(schema):
         ConfigStore.instance().store(kind.__name__, kind)
     OmegaConf.register_new_resolver("needed", _needed, replace=True)
-    words = _Words(config_name, schema).normal(overrides)
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra_compose(config_name, words)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise _explain(error, schema, overrides) from error
 
 
 def _needed(example: str) -> None:
@@ -136,8 +148,8 @@ class _Words:
         self.keys = dict(_keys(schema))
         self.groups = _groups(config_name)
 
-    def normal(self, words: Sequence[str]) -> list[str]:
-        """The same as Hydra wants them; of several choices in one group the last counts."""
+    def read(self, words: Sequence[str]) -> tuple[list[str], list[tuple[str, Any]]]:
+        """Choices in groups, as Hydra wants them, the last of each group; and (key, value) in order."""
         chosen: dict[str, str] = {}
         values = []
         for word in words:
@@ -145,8 +157,8 @@ class _Words:
             if key in self.groups:
                 chosen[key] = self._choice(key, value)
             else:
-                values.append(_parsed(key, self._value(key, value)))
-        return [f"{self.groups[group]}={option}" for group, option in chosen.items()] + values
+                values.append((key, self._value(key, value)))
+        return [f"{self.groups[group]}={option}" for group, option in chosen.items()], values
 
     def _split(self, word: str) -> tuple[str, str]:
         """(key, value) of a word; the key is known."""
@@ -183,33 +195,31 @@ class _Words:
             raise ConfigError(f"{group}={option}: unknown{suggest(option, options)}")
         return option
 
-    def _value(self, key: str, value: str) -> str:
+    def _value(self, key: str, value: str) -> Any:
         kind = self.keys[key]
         if dataclasses.is_dataclass(kind) and not value.startswith("{"):
             first = dataclasses.fields(kind)[0].name
             raise ConfigError(f"{key}={value}: {key} is a section; set its keys, like {key}.{first}=…")
-        return _quoted(value) if kind is str and value != "null" else value
+        if kind is not str:
+            return _parsed(key, value)
+        if value == "null":
+            return ""
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        return value[1:-1] if quoted else value
 
 
-def _parsed(key: str, value: str) -> str:
-    """`key=value` after a look at whether Hydra can read it."""
+def _parsed(key: str, value: str) -> Any:
+    """What Hydra's grammar makes of `value`: numbers, true, null, [lists], {sections}."""
     word = f"{key}={value}"
     try:
-        sweep = OverridesParser.create().parse_override(word).is_sweep_override()
+        read = OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise ConfigError(
             f"{word}: the value can't be read; put quotes around it, or close a bracket"
         ) from error
-    if sweep:
+    if read.is_sweep_override():
         raise ConfigError(f"{word}: one value is wanted; a list is written [a,b]")
-    return word
-
-
-def _quoted(text: str) -> str:
-    """`text` so that Hydra's grammar reads it literally; what is in quotes already stays."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+    return read.value()
 
 
 def _keys(schema: type, before: str = "") -> Iterator[tuple[str, Any]]:
@@ -281,21 +291,24 @@ def _options(config_name: str) -> dict[str, dict[str, str]]:
 
 def _explain(error: BaseException, schema: type, overrides: Sequence[str]) -> ConfigError:
     """One sentence for what Hydra, OmegaConf or the YAML reader say in many."""
-    while error.__cause__ is not None and not isinstance(error, InterpolationResolutionError):
-        error = error.__cause__
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+    file = re.match(r"In '([^']*)'", str(error)) if isinstance(error, HydraException) else None
+    where = f"{file[1]}.yaml: " if file else ""
+    while isinstance(error, HydraException) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    said = first_line(error)
     key = re.sub(r"\[\d+\].*", "", str(getattr(error, "full_key", None) or ""))
     keys = dict(_keys(schema))
     if not key:
-        return ConfigError(f"the configuration can't be read: {said}")
+        return ConfigError(f"{where}the configuration can't be read: {said}")
     if isinstance(error, InterpolationResolutionError):
-        return ConfigError(f"{key}: {said.rpartition(' raised while resolving interpolation: ')[2]}")
+        why = said.rpartition(" raised while resolving interpolation: ")[2].strip('"')
+        return ConfigError(f"{where}{key}: {why}")
     if key not in keys:
-        return ConfigError(f"unknown key {key!r}{suggest(key, keys)}")
+        return ConfigError(f"{where}unknown key {key!r}{suggest(key, keys)}")
     given = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word).get(key)
     found = re.search(r"[Vv]alue '(.*?)'(?= of type| for field|$)", said)
     value = repr(given) if given is not None else repr(found[1]) if found else "the value"
-    return ConfigError(f"{key}: {value} is not {_wanted(keys[key])}")
+    return ConfigError(f"{where}{key}: {value} is not {_wanted(keys[key])}")
 
 
 def _wanted(kind: Any) -> str:

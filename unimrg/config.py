@@ -322,7 +322,7 @@ class RunConfig:
         """Raise ConfigError for the first value that can't be used."""
         for part in ("family", "data", "teachers", "weights", "train", "engine", "cluster", "report"):
             getattr(self, part).check()
-        require("seed", self.seed, 0)
+        require("seed", self.seed, 0, 2**32 - 1)
         require("log_every", self.log_every, 1)
         if any(character in self.name for character in "/\\ ") or self.name.startswith("."):
             raise ConfigError(
@@ -374,7 +374,7 @@ class GenerateConfig:
         require("iterations", self.iterations, 0)
         require("guidance", self.guidance, 0)
         require("temperature", self.temperature, 0)
-        require("seed", self.seed, 0)
+        require("seed", self.seed, 0, 2**32 - 1)
         require("max_new_tokens", self.max_new_tokens, 1)
 
 

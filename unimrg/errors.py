@@ -1,12 +1,12 @@
 """What can go wrong, as types: the message says what, where and how to mend it.
 
-    UnimrgError
-    ├── ConfigError          a knob is unknown, misspelt or out of range; raised before anything starts
-    ├── StorageError         a bucket, a folder or an object can't be reached, read or written
-    ├── DataError            the data set as a whole is unusable (no manifest, too many bad samples)
-    ├── SampleError          one sample is unusable: it is quarantined under `reason`, the run goes on
-    ├── CheckpointError      weights or a checkpoint can't be read, or don't fit the model
-    └── MissingExtraError    an optional package is needed; says which install line adds it
+UnimrgError
+├── ConfigError          a knob is unknown, misspelt or out of range; raised before anything starts
+├── StorageError         a bucket, a folder or an object can't be reached, read or written
+├── DataError            the data set as a whole is unusable (no manifest, too many bad samples)
+├── SampleError          one sample is unusable: it is quarantined under `reason`, the run goes on
+├── CheckpointError      weights or a checkpoint can't be read, or don't fit the model
+└── MissingExtraError    an optional package is needed; says which install line adds it
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from __future__ import annotations
 
 class UnimrgError(Exception):
     """Base of every error a user can mend. Commands print it as one line and exit with status 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class ConfigError(UnimrgError):

@@ -32,7 +32,8 @@ def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
 
     Raises ConfigError or CheckpointError with one sentence.
     """
-    tokenizer = checkpoint.tokenizer_for(config.tokenizer, config.weights, config.variant)
+    variant = "" if _is_folder(config.weights) else config.variant
+    tokenizer = checkpoint.tokenizer_for(config.tokenizer, config.weights, variant)
     dropout = None if config.dropout < 0 else config.dropout
     if _is_folder(config.weights):
         return checkpoint.from_folder(Path(config.weights), dropout), tokenizer
@@ -42,7 +43,7 @@ def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
     if config.weights:
         if not config.vae_weights:
             raise ConfigError(
-                "family.vae_weights is empty; published Harmon weights need the autoencoder's file (kl16.ckpt)"
+                "family.vae_weights is empty; published weights need the autoencoder's file (kl16.ckpt)"
             )
         return checkpoint.from_published(sizes, Path(config.weights), Path(config.vae_weights)), tokenizer
     return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer

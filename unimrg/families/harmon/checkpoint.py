@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from unimrg.checkpoint import load_strictly, read_state_dict
-from unimrg.errors import CheckpointError, ConfigError
+from unimrg.checkpoint import check_fits, load_strictly, read_state_dict
+from unimrg.errors import CheckpointError, ConfigError, first_line
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"
+WEIGHTS, VAE = "harmon.safetensors", "vae.safetensors"
 
 
 def variant_config(variant: str) -> HarmonConfig:
@@ -53,7 +54,7 @@ def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
         )
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         raise CheckpointError(
-            f"{folder} can't be loaded ({str(error).splitlines()[0]}); give a folder of save_pretrained"
+            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
         ) from error
     wrong = [
         f"{key}: {sorted(info[key])[:3]}"
@@ -67,14 +68,18 @@ def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
 
 def from_published(config: HarmonConfig, weights: Path, vae_weights: Path) -> Harmon:
     """The published flat file and the autoencoder's."""
-    model = Harmon(config)
     state = read_state_dict(weights)
-    state.setdefault(TIED, state.get("llm.model.embed_tokens.weight", torch.empty(0)))
+    if "llm.model.embed_tokens.weight" in state:
+        state.setdefault(TIED, state["llm.model.embed_tokens.weight"])
     vae = {f"vae.{name.removeprefix('vae.')}": t for name, t in read_state_dict(vae_weights).items()}
-    own = model.state_dict()
+    with torch.device("meta"):
+        expected = Harmon(config)
     # kl16.ckpt also carries its training losses; only what the autoencoder has is wanted, and all of that.
-    state |= {name: tensor for name, tensor in vae.items() if name in own}
-    load_strictly(model, state, f"{weights} with {vae_weights}")
+    state |= {name: tensor for name, tensor in vae.items() if name in expected.state_dict()}
+    source = f"{weights} with {vae_weights}"
+    check_fits(expected, state, source)  # before minutes are spent on drawing weights for the wrong variant
+    model = Harmon(config)
+    load_strictly(model, state, source)
     return model
 
 
@@ -84,12 +89,15 @@ def with_dropout(config: HarmonConfig, dropout: float) -> HarmonConfig:
     return config
 
 
-def save_published(model: Harmon, path: Path) -> None:
-    """Write the published flat layout as safetensors: everything but the autoencoder."""
-    state = {
-        k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("vae.") and k != TIED
-    }
-    save_file(state, path, metadata={"format": "pt"})
+def save_published(model: Harmon, folder: Path) -> None:
+    """Write the published flat layout as safetensors: `WEIGHTS` without the autoencoder, and `VAE` alone."""
+    parts: dict[str, dict[str, torch.Tensor]] = {WEIGHTS: {}, VAE: {}}
+    for name, tensor in model.state_dict().items():
+        if name != TIED:
+            file = VAE if name.startswith("vae.") else WEIGHTS
+            parts[file][name.removeprefix("vae.")] = tensor.contiguous()
+    for file, state in parts.items():
+        save_file(state, folder / file, metadata={"format": "pt"})
 
 
 def tokenizer_for(config_tokenizer: str, weights: str, variant: str) -> Any:
@@ -103,4 +111,6 @@ def tokenizer_for(config_tokenizer: str, weights: str, variant: str) -> Any:
         return load_tokenizer(weights)
     if variant == "tiny":
         return load_tokenizer(TINY_FOLDER)
-    raise ConfigError(f"family.tokenizer is empty; {variant} needs a folder with Qwen2.5's tokenizer.json")
+    raise ConfigError(
+        f"family.tokenizer is empty; {variant or weights} needs a folder with Qwen2.5's tokenizer.json"
+    )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 
 
 @dataclass
@@ -210,6 +210,9 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
     )
     return HarmonConfig(vae=vae, mar=mar, llm=llm, image_size=64)
 
+
+# So that tokenizers beside a model load without a warning about an unknown kind of model.
+AutoConfig.register(HarmonConfig.model_type, HarmonConfig, exist_ok=True)
 
 VARIANTS: dict[str, Callable[[], HarmonConfig]] = {
     "harmon_1_5b": harmon_1_5b,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unimrg.errors import CheckpointError
+from unimrg.errors import CheckpointError, first_line
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # How often `tiny_texts` repeats: enough that every answer is one token and a prompt's word seldom three.
@@ -29,7 +29,7 @@ def load_tokenizer(folder: str | Path = TINY_FOLDER) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds, also plain Exception
         raise CheckpointError(
-            f"no tokenizer in {folder} ({str(error).splitlines()[0]}); "
+            f"no tokenizer in {folder} ({first_line(error)}); "
             "give family.tokenizer a folder with tokenizer.json"
         ) from error
     missing = [token for token in SPECIAL_TOKENS[1:] if token not in tokenizer.get_vocab()]

@@ -1,0 +1,163 @@
+"""Every file of configs/ composes, and every knob is checked and explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unimrg import config as knobs
+from unimrg.compose import _files, _groups, _keys, compose, config_folder
+from unimrg.config import (
+    ExportConfig,
+    GenerateConfig,
+    LabelConfig,
+    RunConfig,
+    from_plain,
+    redacted,
+    to_plain,
+)
+from unimrg.errors import ConfigError
+
+# What the command line must give for the file to be complete.
+NEEDED = {
+    "generate": ["checkpoint=model", "image=a.jpg", "task=depth"],
+    "export": ["checkpoint=model", "out=published"],
+}
+ALSO = {
+    "data=llava": ["data.manifest=a.json"],
+    "teachers=stored": ["teachers.stored=labels"],
+}
+SCHEMAS = {"train": RunConfig, "generate": GenerateConfig, "export": ExportConfig, "label": LabelConfig}
+YAMLS = sorted(path.relative_to(config_folder()) for path in config_folder().rglob("*.yaml"))
+CASES = [
+    (name, f"{group}={option}")
+    for name in SCHEMAS
+    for group in _groups(name)
+    for option in _files(group)
+    if (name, option) != ("label", "stored")  # labelling with stored labels is refused
+]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_each_command_composes(name: str) -> None:
+    assert type(compose(name, NEEDED.get(name, []), SCHEMAS[name])) is SCHEMAS[name]
+
+
+@pytest.mark.parametrize(("name", "choice"), CASES)
+def test_each_option_composes(name: str, choice: str) -> None:
+    compose(name, [*NEEDED.get(name, []), choice, *ALSO.get(choice, [])], SCHEMAS[name])
+
+
+def test_no_file_is_left_out() -> None:
+    """Each YAML is a command's or an option of a group that some command has; search is tune's."""
+    used = {Path(f"{name}.yaml") for name in SCHEMAS}
+    used |= {
+        Path(group, f"{option}.yaml")
+        for name in SCHEMAS
+        for group in _groups(name)
+        for option in _files(group)
+    }
+    elsewhere = {path for path in YAMLS if path not in used}
+    for path in elsewhere:  # another command's: at least it is YAML and names its dataclass
+        values = yaml.safe_load((config_folder() / path).read_text())
+        assert isinstance(values, dict), path
+
+
+def test_options_say_what_they_are() -> None:
+    for path in YAMLS:
+        first = (config_folder() / path).read_text().partition("\n")[0]
+        assert first.startswith("# ") and len(first) < 120, f"{path} opens with one line that says what it is"
+
+
+def test_the_default_run_is_that_of_the_dataclasses() -> None:
+    assert compose("train", [], RunConfig) == RunConfig()
+    assert compose("label", [], LabelConfig) == LabelConfig()
+    values = compose("generate", NEEDED["generate"], GenerateConfig)
+    assert values == GenerateConfig(checkpoint="model", image="a.jpg", task="depth")
+
+
+@pytest.mark.parametrize("variant", ["harmon_0_5b", "harmon_1_5b"])
+def test_published_settings(variant: str) -> None:
+    """Harmon's published training, as described with the paper's code."""
+    config = compose("train", [f"family={variant}"], RunConfig)
+    train = config.train
+    assert (train.learning_rate, train.betas, train.eps) == (1e-5, [0.9, 0.95], 1e-8)
+    assert (train.weight_decay, train.clip, train.warmup) == (0.02, 1.0, 0.01)
+    assert (config.family.variant, config.family.dropout) == (variant, 0.1)
+    assert (config.engine.name, config.engine.zero_stage) == ("deepspeed", 2)
+    from unimrg.families import load_family
+
+    assert load_family("harmon").image_size(config.family) == 512
+
+
+def test_teachers_of_the_preset_are_real_ones() -> None:
+    teachers = compose("train", ["teachers=depth_anything_sam"], RunConfig).teachers
+    assert teachers.depth.checkpoint == "depth-anything/Depth-Anything-V2-Large-hf"
+    assert teachers.segmentation.checkpoint == "facebook/sam-vit-huge"
+
+
+def test_the_baseline_trains_on_questions_alone() -> None:
+    assert compose("train", ["weights=understanding_only"], RunConfig).weights.active() == ("understanding",)
+
+
+def test_every_knob_is_explained() -> None:
+    for schema in SCHEMAS.values():
+        for kind in {schema, *(k for _, k in _keys(schema) if dataclasses.is_dataclass(k))}:
+            assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("), kind
+            for item in dataclasses.fields(kind):
+                nested = dataclasses.is_dataclass(item.default_factory)
+                assert nested or item.metadata.get("help"), f"{kind.__name__}.{item.name}"
+
+
+def test_plain_and_back() -> None:
+    config = compose("train", ["family=harmon_1_5b", "s3.secret_key=hush"], RunConfig)
+    assert from_plain(to_plain(config)) == config
+    assert redacted(config)["s3"]["secret_key"] == knobs.REDACTED
+    with pytest.raises(ConfigError, match=r"unknown key 'train\.stepz'; did you mean 'steps'"):
+        from_plain({"train": {"stepz": 1}})
+
+
+REFUSED = {
+    ("train", "data.scenes.questions=9"): "data.scenes.questions: 9 is out of range",
+    ("train", "train.batch_size=7 train.accumulation=2"): "divisible by workers x accumulation = 2",
+    ("train", "weights=understanding_only weights.understanding=0"): "all four are 0",
+    ("train", "name=a/b"): "must be one word",
+    ("train", "teachers.depth.name=sam"): "teachers.depth.name: unknown value 'sam'",
+    ("train", "teachers.depth.name=depth_anything"): "teachers.depth.checkpoint is empty",
+    ("train", "teachers.depth.name=stored"): "set teachers.stored",
+    ("train", "family.dropout=1.5"): "family.dropout: 1.5 is out of range",
+    ("train", "seed=-1"): "seed: -1 is out of range",
+    ("label", "teachers.depth.name=stored teachers.stored=x"): "nothing to label",
+    ("label", "out="): "out is empty",
+    ("generate", "task=draw"): "task: unknown value 'draw'",
+    ("generate", "question=why"): "task, question: both are given",
+    ("generate", "task="): "task, question: neither is given",
+    ("generate", "checkpoint="): "checkpoint is empty",
+    ("generate", "image="): "image is empty",
+    ("generate", "out=a.jpg"): "must end in .png",
+    ("generate", "guidance=-1"): "guidance: -1.0 is out of range",
+    ("export", "layout=onnx"): "layout: unknown value 'onnx'",
+    ("export", "layout=pretrained"): "weights is empty; layout=pretrained needs weights, vae_weights, out",
+    ("export", "out="): "out is empty",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), REFUSED)
+def test_checks(name: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose(name, [*NEEDED.get(name, []), *words.split(" ")], SCHEMAS[name])
+    assert REFUSED[name, words] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_presets_do_not_interfere() -> None:
+    """Any choice of options together is as good as each alone."""
+    names = list(_groups("train"))
+    for choice in itertools.islice(itertools.product(*(_files(group) for group in names)), 0, None, 29):
+        words = [f"{group}={option}" for group, option in zip(names, choice, strict=True)]
+        also = [extra for word in words for extra in ALSO.get(word, [])]
+        compose("train", [*words, *also], RunConfig)
