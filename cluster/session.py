@@ -20,6 +20,12 @@ from unimrg.errors import UnimrgError
 LAPTOP_CPUS = 4
 OBJECT_STORE_BYTES = 512 << 20
 
+# The SDKs' new trailing checksums are refused by most S3-compatible stores; Ray's own processes write there too.
+STORAGE_ENVIRONMENT = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+}
+
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[str]:
@@ -31,7 +37,7 @@ def ray_session() -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(log_to_driver=False, logging_level="error")
+            ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": STORAGE_ENVIRONMENT})
         except Exception as error:  # Ray raises several kinds; each means: no cluster there
             raise UnimrgError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
@@ -66,5 +72,7 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in STORAGE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

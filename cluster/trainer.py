@@ -58,7 +58,7 @@ def run(config: RunConfig) -> int:
 def local_folder(config: RunConfig) -> Path:
     """Where a run's report and metrics lie on this machine: in the storage itself when that is local."""
     store = run_store(config)
-    return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS) / config.name
+    return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS).absolute() / config.name
 
 
 def train(config: RunConfig, folder: Path, gpus: int) -> None:

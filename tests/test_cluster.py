@@ -1,0 +1,335 @@
+"""The whole job on the real engines: Ray Train, Ray Data, DeepSpeed, a real S3 server, and real faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.session import ray_session
+from cluster.trainer import run
+from tests.s3 import S3Server
+from tests.tiny_harmon import micro, tokenizer
+from tests.tiny_teachers import make_depth_anything, make_sam
+from unimrg.compose import compose
+from unimrg.config import RunConfig
+from unimrg.data.scenes import SceneSettings, write
+from unimrg.errors import UnimrgError
+from unimrg.families.harmon.model import Harmon
+from unimrg.metrics import read_jsonl
+from unimrg.sample import Task
+from unimrg.storage import S3Config, Store
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """One Ray for all runs of this file."""
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Harmon small enough for seconds, as a folder that a run starts from."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    Harmon(micro()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of procedural scenes in the LLaVA form."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write(Store.at(str(folder)), SceneSettings(train=24, test=4, size=64, questions=3))
+    return folder
+
+
+@pytest.fixture
+def config(
+    base: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunConfig]:
+    """Makes the configuration of a small run; keyword arguments are overrides with `_` for `.`."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*overrides: str) -> RunConfig:
+        defaults = [
+            "name=run",
+            f"family.weights={base}",
+            f"data.manifest={scenes}/train.json",
+            f"data.held_out={scenes}/test.json",
+            "train.steps=6",
+            "train.batch_size=4",
+            "train.checkpoint_every=2",
+            "data.unit=4",
+            "engine.threads=1",
+            "cluster.workers=1",
+            "report.questions=4",
+            "report.images=1",
+            "report.draw_iterations=2",
+            "report.max_new_tokens=2",
+        ]
+        return compose("train", [*defaults, *overrides], RunConfig)
+
+    return make
+
+
+def weights_digest(model: Path) -> str:
+    """A digest of all weights of a stored model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(model / "model.safetensors").items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_workers() -> list[psutil.Process]:
+    """The running training workers of this process's Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "TrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_two_workers_zero2_from_s3(
+    config: Callable[..., RunConfig], scenes: Path, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """Pictures from S3, two DeepSpeed ZeRO-2 workers, checkpoints and the model to S3, report here."""
+    s3 = S3Config(s3_server.endpoint, s3_server.region, s3_server.access_key, s3_server.secret_key)
+    Store.at(s3_server.url("data"), s3).upload(scenes, "scenes")
+    status = run(
+        config(
+            f"data.manifest={s3_server.url('data/scenes/train.json')}",
+            f"data.held_out={s3_server.url('data/scenes/test.json')}",
+            f"storage_path={s3_server.url('runs')}",
+            f"s3.endpoint={s3.endpoint}",
+            f"s3.region={s3.region}",
+            f"s3.access_key={s3.access_key}",
+            f"s3.secret_key={s3.secret_key}",
+            "cluster.workers=2",
+            "engine=zero2",
+        )
+    )
+    assert status == 0
+    folder = tmp_path / "outputs" / "run"
+    steps = read_jsonl(folder / "metrics.jsonl")
+    assert [record["step"] for record in steps] == list(range(1, 7))
+    assert all(record[f"loss/{task}"] > 0 for record in steps for task in Task)
+    assert (folder.parent / "latest").resolve() == folder.resolve()
+    page = (folder / "report.html").read_text()
+    assert s3.secret_key not in page and s3.secret_key not in (folder / "config.yaml").read_text()
+    stored = Store.at(s3_server.url("runs/run"), s3)
+    stored.download("model", tmp_path / "model")
+    assert isinstance(Harmon.from_pretrained(tmp_path / "model"), Harmon)
+    checkpoints = [e.path for e in stored.child("checkpoints").list() if e.path.startswith("step-")]
+    assert sorted(checkpoints) == ["step-00000004-w2", "step-00000006-w2"]
+    assert stored.exists("report/report.html")
+
+
+def test_killed_worker_recovers_exactly(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """kill -9 of a worker in mid-run: it goes on from the last checkpoint and ends with the same weights."""
+    assert run(config("name=undisturbed", "report.enabled=false", "train.steps=8")) == 0
+    metrics = tmp_path / "outputs" / "killed" / "metrics.jsonl"
+    killed: list[int] = []
+
+    def kill() -> None:
+        for _ in range(1200):
+            steps = read_jsonl(metrics) if metrics.exists() else []
+            if steps and steps[-1]["step"] >= 3 and train_workers():
+                victim = train_workers()[0]
+                os.kill(victim.pid, signal.SIGKILL)
+                killed.append(victim.pid)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert run(config("name=killed", "report.enabled=false", "train.steps=8")) == 0
+    killer.join()
+    assert killed, "no worker was found to kill"
+    events = [e["event"] for e in read_jsonl(tmp_path / "outputs" / "killed" / "events.jsonl")]
+    assert events.count("resume") == 1, events
+    assert [record["step"] for record in read_jsonl(metrics)] == list(range(1, 9))
+    outputs = tmp_path / "outputs"
+    assert weights_digest(outputs / "killed" / "model") == weights_digest(outputs / "undisturbed" / "model")
+
+
+def test_two_workers_equal_one(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """The same batches and the same losses through the whole pipeline, whatever the number of workers."""
+    for workers in (1, 2):
+        assert (
+            run(
+                config(
+                    f"name=w{workers}", f"cluster.workers={workers}", "report.enabled=false", "train.steps=4"
+                )
+            )
+            == 0
+        )
+    one, two = (read_jsonl(tmp_path / "outputs" / f"w{n}" / "metrics.jsonl") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["position"] == b["position"]
+        for task in Task:
+            assert a[f"loss/{task}"] == pytest.approx(b[f"loss/{task}"], rel=1e-5)
+
+
+def photos(folder: Path) -> None:
+    """A LLaVA data set of the photographs in scikit-image's wheel, one with its true disparity map."""
+    from PIL import Image
+    from skimage import data
+
+    names = ("astronaut", "coffee", "chelsea", "rocket")
+    entries: list[dict[str, Any]] = []
+    (folder / "photos").mkdir(parents=True)
+    pictures = {name: getattr(data, name)() for name in names}
+    pictures["motorcycle"], _, disparity = data.stereo_motorcycle()
+    np.save(folder / "photos" / "motorcycle-disparity.npy", disparity.astype(np.float32))
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / "photos" / f"{name}.jpg")
+        turns = [
+            {"from": "human", "value": f"<image>\nWhat is this?"},
+            {"from": "gpt", "value": f"A {name}."},
+            {"from": "human", "value": "Is it a photograph?"},
+            {"from": "gpt", "value": "Yes."},
+        ]
+        entries.append({"id": name, "image": f"photos/{name}.jpg", "conversations": turns})
+    entries.append(
+        {"id": "again", "image": "photos/coffee.jpg", "conversations": entries[1]["conversations"][:2]}
+    )
+    text = [{"from": "human", "value": "What is two and two?"}, {"from": "gpt", "value": "Four."}]
+    entries.append({"id": "text", "conversations": text})
+    (folder / "mix.json").write_text(json.dumps(entries))
+
+
+def test_photographs_with_model_teachers(
+    config: Callable[..., RunConfig], s3_server: S3Server, tmp_path: Path
+) -> None:
+    """Real photographs from a bucket, Depth Anything and SAM actors from local checkpoint folders."""
+    s3 = S3Config(s3_server.endpoint, s3_server.region, s3_server.access_key, s3_server.secret_key)
+    photos(tmp_path / "set")
+    Store.at(s3_server.url("real"), s3).upload(tmp_path / "set", "photos")
+    status = run(
+        config(
+            f"data.manifest={s3_server.url('real/photos/mix.json')}",
+            "data.held_out=''",
+            "data.held_out_count=1",
+            "data.max_side=128",
+            f"s3.endpoint={s3.endpoint}",
+            f"s3.region={s3.region}",
+            f"s3.access_key={s3.access_key}",
+            f"s3.secret_key={s3.secret_key}",
+            "teachers=depth_anything_sam",
+            f"teachers.depth.checkpoint={make_depth_anything(tmp_path / 'depth')}",
+            f"teachers.segmentation.checkpoint={make_sam(tmp_path / 'sam')}",
+            "teachers.sam.points_per_side=4",
+            "teachers.sam.pred_iou_thresh=-10",
+            "teachers.sam.stability_score_thresh=0",
+            "train.steps=3",
+        )
+    )
+    assert status == 0
+    folder = tmp_path / "outputs" / "run"
+    steps = read_jsonl(folder / "metrics.jsonl")
+    assert len(steps) == 3 and steps[-1]["skipped"] == 0
+    assert all(steps[-1][f"loss/{task}"] > 0 for task in Task)
+    assert (folder / "held_out" / "after" / "0" / "depth.png").is_file()
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Damage a copy of the scenes in every way a data set can be damaged; id -> expected reason."""
+    entries = json.loads((folder / "train.json").read_text())
+    images = sorted({entry["image"] for entry in entries})
+    (folder / images[0]).write_bytes(b"")
+    (folder / images[1]).write_bytes((folder / images[1]).read_bytes()[:200])
+    (folder / images[2]).write_bytes(b"<html>not found</html>")
+    (folder / images[3]).unlink()
+    (folder / images[4]).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(3 << 20))
+    reasons = dict(
+        zip(
+            images, ("empty-file", "corrupt-image", "not-an-image", "missing-file", "too-large"), strict=False
+        )
+    )
+    turns = entries[0]["conversations"]
+    entries.append({"id": "climbs", "image": "../../etc/passwd", "conversations": turns})
+    entries.append(
+        {"id": "silent", "image": images[5], "conversations": [{"from": "human", "value": "Hello?"}]}
+    )
+    (folder / "train.json").write_text(json.dumps(entries))
+    first = {image: next(e["id"] for e in entries if e["image"] == image) for image in reasons}
+    return {first[image]: reason for image, reason in reasons.items()} | {
+        "climbs": "path-outside-folder",
+        "silent": "malformed-conversation",
+    }
+
+
+def test_bad_samples_cost_themselves_only(
+    config: Callable[..., RunConfig], scenes: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(scenes, tmp_path / "spoiled")
+    expected = spoil(tmp_path / "spoiled")
+    overrides = [
+        f"data.manifest={tmp_path}/spoiled/train.json",
+        "data.max_bytes=2097152",
+        "report.enabled=false",
+    ]
+    assert run(config(*overrides, "data.max_bad_share=0.5", "train.steps=8")) == 0
+    quarantine = read_jsonl(tmp_path / "outputs" / "run" / "quarantine.jsonl")
+    assert {row["id"]: row["reason"] for row in quarantine} == expected
+    last = read_jsonl(tmp_path / "outputs" / "run" / "metrics.jsonl")[-1]
+    assert last["skipped"] >= len(expected) and last["skipped/too-large"] >= 1
+
+    with pytest.raises(UnimrgError, match=r"samples are unusable.*raise data.max_bad_share"):
+        run(
+            config(
+                *overrides, "name=strict", "data.max_bad_share=0.01", "data.min_checked=8", "train.steps=50"
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.manifest=s3://{bucket}x/train.json"], "bucket"),
+        (["data.manifest=s3://{bucket}/none/train.json"], "does not exist"),
+        (
+            ["s3.secret_key=wrong", "data.manifest=s3://{bucket}/train.json"],
+            "denied|credential|signature|SIGNATURE",
+        ),
+        (["data.images=/nowhere/at/all"], "nowhere"),
+        (["family.weights=/nowhere/model.safetensors"], "nowhere"),
+        (["storage_path=/proc/nothing"], "proc"),
+    ],
+)
+def test_wrong_settings_stop_before_training(
+    overrides: list[str], message: str, config: Callable[..., RunConfig], s3_server: S3Server, tmp_path: Path
+) -> None:
+    s3 = [
+        f"s3.endpoint={s3_server.endpoint}",
+        f"s3.region={s3_server.region}",
+        f"s3.access_key={s3_server.access_key}",
+        f"s3.secret_key={s3_server.secret_key}",
+    ]
+    chosen = [override.format(bucket=s3_server.bucket) for override in overrides]
+    with pytest.raises(UnimrgError, match=message) as caught:
+        run(config(*s3, *chosen))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "outputs").glob("*/metrics.jsonl"))
