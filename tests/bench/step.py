@@ -5,7 +5,8 @@
 `packed` is one forward and backward pass over every task of every sample. `separate` does the same work as
 one pass a task, each with its own prefix (six conversations about one picture still share it);
 `separate_rows` also gives every conversation its own prefix, as one row a conversation would. All three give
-the same losses and gradients. Times are medians of interleaved repetitions.
+the same losses and gradients. Times are medians of interleaved repetitions, on the clock and as CPU time of
+all threads (which busy cores disturb less); a ratio is the median of the repetitions' own ratios.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ def passes(model: Harmon, samples: Sequence[Sample]) -> dict[str, list[HarmonBat
     }
 
 
-def step(model: Harmon, batches: Sequence[HarmonBatch]) -> float:
-    """Seconds of forward and backward over all batches."""
+def step(model: Harmon, batches: Sequence[HarmonBatch]) -> tuple[float, float]:
+    """Seconds of forward and backward over all batches: on the clock, and of CPU time."""
     counts = {task: sum(b.counts[task] for b in batches) for task in Task}
     model.zero_grad()
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     for batch in batches:
         combine(model(batch), dict.fromkeys(Task, 1.0), counts).backward()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def cpu_name() -> str:
@@ -67,21 +68,31 @@ def cpu_name() -> str:
 
 def measure(model: Harmon, samples: Sequence[Sample], repetitions: int) -> dict[str, object]:
     ways = passes(model, samples)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for repetition in range(repetitions + 1):
+    for batches in ways.values():  # warms up
+        step(model, batches)
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(repetitions):
         for way, batches in ways.items():
-            taken = step(model, batches)
-            if repetition:  # the first one warms up
-                seconds[way].append(taken)
-    median = {way: statistics.median(values) for way, values in seconds.items()}
+            taken[way].append(step(model, batches))
     start = time.perf_counter()
     HarmonProcessor(model.config, tokenizer())(samples)
+    packing = time.perf_counter() - start
+
+    def median(clock: int, way: str) -> float:
+        return round(statistics.median(times[clock] for times in taken[way]), 4)
+
+    def ratio(clock: int, way: str) -> float:
+        pairs = zip(taken[way], taken["packed"], strict=True)
+        return round(statistics.median(other[clock] / packed[clock] for other, packed in pairs), 3)
+
+    others = [way for way in ways if way != "packed"]
     return {
-        "seconds": {way: round(value, 4) for way, value in median.items()},
-        "ratio": round(median["separate"] / median["packed"], 3),
-        "ratio_rows": round(median["separate_rows"] / median["packed"], 3),
+        "seconds": {way: median(0, way) for way in ways},
+        "cpu_seconds": {way: median(1, way) for way in ways},
+        "ratio": {way: ratio(0, way) for way in others},
+        "cpu_ratio": {way: ratio(1, way) for way in others},
         "tokens": {way: sum(b.tokens for b in batches) for way, batches in ways.items()},
-        "packing_seconds": round(time.perf_counter() - start, 4),
+        "packing_seconds": round(packing, 4),
     }
 
 

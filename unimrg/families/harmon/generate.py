@@ -39,7 +39,7 @@ def answer(
     rows = []
     for image, question in zip(images, questions, strict=True):
         ids, _ = processor.conversation((Turn(question, ""),), with_image=image is not None)
-        closing = len(processor.encode(END)) + len(processor.encode("\n"))
+        closing = len(processor.encode(END)) + len(processor.newline_ids)
         rows.append(_embed(model, ids[:-closing], image))
     embeds, mask = _pad(rows, left=True)
     end = processor.encode(END)[-1]

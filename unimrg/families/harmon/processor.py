@@ -128,6 +128,7 @@ class HarmonProcessor:
         self.prompt_dropout = prompt_dropout
         self.published = published
         self.open_ids = tuple(self.encode(OPEN))
+        self.newline_ids = self.encode("\n")
         self.grid = config.grid_of(config.image_size, config.image_size)
 
     def __call__(self, samples: Sequence[Sample]) -> HarmonBatch:
@@ -164,9 +165,9 @@ class HarmonProcessor:
                 question = [*self.open_ids, IMAGE_ID, *self.encode("\n" + turn.question + CLOSE)]
             else:
                 question = self.encode(OPEN + turn.question + CLOSE)
-            answer, newline = self.encode(turn.answer + END), self.encode("\n")
-            ids += question + answer + newline
-            labels += [IGNORE] * len(question) + answer + [IGNORE] * len(newline)
+            answer = self.encode(turn.answer + END)
+            ids += question + answer + self.newline_ids
+            labels += [IGNORE] * len(question) + answer + [IGNORE] * len(self.newline_ids)
         return ids, labels
 
     def prompt(self, task: Task, text: str) -> list[int]:
