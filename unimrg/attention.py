@@ -43,8 +43,11 @@ def plan_attention(
     values = _rows(value, gathered.key_index).split(key_rows)
     outputs = []
     for group, q, k, v in zip(gathered.groups, queries, keys, values, strict=True):
+        q, k, v = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(
-            *(x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=group.mask,
             is_causal=group.causal and group.mask is None,
             scale=scale,

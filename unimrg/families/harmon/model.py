@@ -109,7 +109,7 @@ class Harmon(Family):
 
     # -- the loss --------------------------------------------------------------------------------------------
 
-    def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:
+    def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
         states = self.states(batch, self.encode_pictures(torch.cat([batch.images, batch.extra_images])))
         losses = {}
