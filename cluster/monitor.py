@@ -16,14 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unimrg.metrics import JsonlSink, PrometheusTextSink, read_jsonl
 
-MONITOR_THREADS = 1
-
 
 class Monitor:
     """Writes metrics.jsonl, events.jsonl, quarantine.jsonl and metrics.prom of a run folder."""
 
-    def __init__(self, folder: str, max_bad_share: float, min_checked: int) -> None:
+    def __init__(self, folder: str, command: str, max_bad_share: float, min_checked: int) -> None:
         self.folder = Path(folder)
+        self.command = command
         self.max_bad_share = max_bad_share
         self.min_checked = min_checked
         self.metrics = JsonlSink(self.folder / "metrics.jsonl")
@@ -34,6 +33,7 @@ class Monitor:
             row["position"]: row["reason"] for row in read_jsonl(self.folder / "quarantine.jsonl")
         }
         self.checked: set[tuple[int, int]] = set()
+        self.started = any(row["event"] == "start" for row in read_jsonl(self.folder / "events.jsonl"))
         self.latest: dict[str, Any] = {}
         self.step = 0
 
@@ -45,15 +45,17 @@ class Monitor:
         self.textfile.write(self.latest)
         return self.verdict()
 
-    def event(self, event: str, detail: str = "", step: int | None = None) -> None:
+    def event(self, event: str, detail: Any = "", step: int | None = None) -> None:
         """Store a fault, a restart, a checkpoint."""
         at = self.step if step is None else step
         self.events.write({"timestamp": time.time(), "step": at, "event": event, "detail": detail})
 
-    def start(self, step: int) -> None:
-        """A worker group begins after `step` optimiser steps; later records will come again."""
+    def start(self, step: int, pids: list[int]) -> None:
+        """Worker processes `pids` begin after `step` optimiser steps; later records will come again."""
         self.metrics.truncate_from(step + 1)
-        self.event("resume" if step else "start", f"after {step} steps", step)
+        detail = {"pids": pids, "command": self.command}
+        self.event("resume" if self.started else "start", detail, step)
+        self.started = True
 
     def audit(self, first: int, stop: int, bad: list[dict[str, Any]]) -> None:
         """Positions first..stop-1 were prepared; `bad` of them are quarantined."""
@@ -84,8 +86,8 @@ class Monitor:
         return self.latest
 
 
-def start_monitor(folder: Path, max_bad_share: float, min_checked: int) -> Any:
-    """A handle to a new monitor on this node."""
+def start_monitor(folder: Path, command: str, max_bad_share: float, min_checked: int) -> Any:
+    """A handle to a new monitor on this node; `command` is what a reader would type to run this again."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here)
-    return actor.remote(str(folder), max_bad_share, min_checked)
+    return actor.remote(str(folder), command, max_bad_share, min_checked)

@@ -37,7 +37,9 @@ def ray_session() -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": STORAGE_ENVIRONMENT})
+            ray.init(
+                log_to_driver=False, logging_level="error", runtime_env={"env_vars": STORAGE_ENVIRONMENT}
+            )
         except Exception as error:  # Ray raises several kinds; each means: no cluster there
             raise UnimrgError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -63,7 +65,7 @@ def local_folder(config: RunConfig) -> Path:
 
 def train(config: RunConfig, folder: Path, gpus: int) -> None:
     """Run the worker group to its end. Raises UnimrgError when it fails for good."""
-    monitor = start_monitor(folder, config.data.max_bad_share, config.data.min_checked)
+    monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked)
     store = run_store(config)
     use_gpu = gpus > 0
     trainer = TorchTrainer(
@@ -113,6 +115,14 @@ def _summary(config: RunConfig) -> str:
         f"{config.family.name} {config.family.variant}, {config.train.steps} steps of {config.train.batch_size} pictures, "
         f"{config.cluster.workers} worker(s), {engine}, data {config.data.manifest}"
     )
+
+
+def _command() -> str:
+    """This run's command line without credentials."""
+    words = [
+        word for word in sys.argv[1:] if not word.lstrip("+").startswith(("s3.secret_key", "s3.access_key"))
+    ]
+    return shlex.join(["python", "-m", "unimrg.train", *words])
 
 
 def _root_cause(error: BaseException) -> str:

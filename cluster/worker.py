@@ -26,7 +26,7 @@ from cluster.pipeline import Ingest
 from unimrg.checkpoint import Progress, is_complete, load_training, mark_complete, save_training
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
-from unimrg.engine import Engine, make_engine
+from unimrg.engine import Engine, gather, make_engine
 from unimrg.errors import UnimrgError
 from unimrg.families import load_family
 from unimrg.loop import StepOutput, fit
@@ -94,7 +94,7 @@ class _Worker:
         self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)
         engine = make_engine(model, self.config.train, self.config.engine, device)
         self._restore(engine)
-        self._tell("start", engine.steps_done)
+        self._announce(engine.steps_done)
         torch.manual_seed(self.config.seed + 7919 * self.rank + engine.steps_done)
         remaining = self.config.train.steps - engine.steps_done
         fit(
@@ -172,9 +172,11 @@ class _Worker:
             return ""
         return ray.get(self.verdict)
 
-    def _tell(self, event: str, step: int) -> None:
+    def _announce(self, step: int) -> None:
+        """Say that this worker group begins, and which processes it is."""
+        pids = [int(pid) for (pid,) in gather([os.getpid()])]
         if self.rank == 0:
-            ray.get(self.monitor.start.remote(step))
+            ray.get(self.monitor.start.remote(step, pids))
 
     # -- keeping -----------------------------------------------------------------------------------------------
 
