@@ -93,9 +93,9 @@ class _Worker:
         model.train()
         self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)
         engine = make_engine(model, self.config.train, self.config.engine, device)
+        torch.manual_seed(self.config.seed + 7919 * self.rank)  # of dropout; a checkpoint brings its own
         self._restore(engine)
         self._announce(engine.steps_done)
-        torch.manual_seed(self.config.seed + 7919 * self.rank + engine.steps_done)
         remaining = self.config.train.steps - engine.steps_done
         fit(
             engine,

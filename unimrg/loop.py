@@ -125,8 +125,9 @@ def _summarise(
     }
     active = sum(weights[task] for task in means)
     total = sum(weights[task] * mean for task, mean in means.items()) / active if active else 0.0
-    if not math.isfinite(total):
-        raise DataError(f"the loss is {total} at step {engine.steps_done}; lower train.learning_rate")
+    for name, value in (("loss", total), ("gradient's norm", float(norm))):
+        if not math.isfinite(value):
+            raise DataError(f"the {name} is {value} at step {engine.steps_done}; lower train.learning_rate")
     return StepOutput(
         step=engine.steps_done,
         losses=means,

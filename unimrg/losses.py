@@ -15,19 +15,21 @@ number of ranks, and DeepSpeed is told not to divide by accumulation steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from unimrg.sample import Task
 
 
-@dataclass(frozen=True)
-class TaskLoss:
-    """Unweighted loss of one task in a micro-batch: `sum` of its terms (scalar tensor) and their `count`."""
+class TaskLoss(NamedTuple):
+    """Unweighted loss of one task in a micro-batch: `sum` of its terms (scalar tensor) and their `count`.
+
+    A tuple, because ZeRO-3 looks for the tensors of a model's output in tuples, lists and dictionaries only.
+    """
 
     sum: torch.Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides the method of tuples
 
     @property
     def mean(self) -> torch.Tensor:
