@@ -222,7 +222,7 @@ def test_photographs_with_model_teachers(
             f"teachers.depth.checkpoint={make_depth_anything(tmp_path / 'depth')}",
             f"teachers.segmentation.checkpoint={make_sam(tmp_path / 'sam')}",
             "teachers.sam.points_per_side=4",
-            "teachers.sam.pred_iou_thresh=-10",
+            "teachers.sam.pred_iou_thresh=0",
             "teachers.sam.stability_score_thresh=0",
             "train.steps=3",
         )
@@ -298,7 +298,7 @@ def test_bad_samples_cost_themselves_only(
             "denied|credential|signature|SIGNATURE",
         ),
         (["data.images=/nowhere/at/all"], "nowhere"),
-        (["family.weights=/nowhere/model.safetensors"], "nowhere"),
+        (["family.weights=/nowhere/a.safetensors", "family.vae_weights=/nowhere/b.ckpt"], "nowhere"),
         (["storage_path=/proc/nothing"], "proc"),
     ],
 )

@@ -161,6 +161,12 @@ class SamConfig:
     stability_score_thresh: float = knob(0.95, "masks that change more with the cut-off are dropped, 0..1")
     box_nms_thresh: float = knob(0.7, "of masks that overlap more, the better one stays, 0..1")
 
+    def check(self) -> None:
+        for key in ("points_per_side", "points_per_batch"):
+            require(f"teachers.sam.{key}", getattr(self, key), 1)
+        for key in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
+            require(f"teachers.sam.{key}", getattr(self, key), 0, 1)
+
 
 @dataclass
 class TeachersConfig:
@@ -175,6 +181,7 @@ class TeachersConfig:
     SEGMENTATION = ("oracle", "stored", "sam")
 
     def check(self) -> None:
+        self.sam.check()
         require_choice("teachers.depth.name", self.depth.name, self.DEPTH)
         require_choice("teachers.segmentation.name", self.segmentation.name, self.SEGMENTATION)
         for key, teacher in (("depth", self.depth), ("segmentation", self.segmentation)):
