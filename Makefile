@@ -50,9 +50,9 @@ $(STAMP): | $(PYTHON)
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@rm -f $(VENV)/.installed-* && touch $@
 
-# The newest Python that runs, not the newest that has a name: version managers leave names that don't run.
+# A Python that runs and for which every dependency has wheels, not the newest that has a name: version managers leave names that don't run.
 $(PYTHON):
-	@for python in python3.14 python3.13 python3.12 python3.11 python3; do \
+	@for python in python3.12 python3.11 python3.13 python3 python3.14; do \
 	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        exec $$python -m venv $(VENV); \
 	    fi; \
