@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from unimrg.sample import IMAGE_TASKS, Sample
 
 
 def compare(config: RunConfig, folder: Path, gpus: int) -> None:
-    """Score the weights a run started from and those it ended with; writes `held_out/` into the run folder."""
+    """Score the weights a run started from and those it ended with; writes `held_out/` into `folder`."""
     samples, questions = load_held_out(config)
     if not samples:
         return
@@ -80,9 +81,8 @@ def _prepare(config: RunConfig, rows: pa.Table) -> list[Sample]:
     for name in ("depth", "segmentation"):
         if getattr(sources, name) not in ("", "oracle", "stored"):
             # Only what is shown needs labels; teachers are slow without a GPU.
-            some = Teach(name, lambda name=name: make_teacher(name, config.teachers))(
-                table.slice(0, config.report.images)
-            )
+            teach = Teach(name, functools.partial(make_teacher, name, config.teachers))
+            some = teach(table.slice(0, config.report.images))
             table = pa.concat_tables([some, table.slice(config.report.images)])
     side = load_family(config.family.name).image_size(config.family)
     table = Render(side, config.data.geometry)(table)

@@ -128,7 +128,7 @@ class Ingest:
         return self._shards[rank]
 
     def split(self, myself: Any, position: int, samples: int, workers: int) -> None:
-        """Prepare iterators over at least `samples` usable samples from `position` on, one for each worker."""
+        """Prepare iterators, one a worker, over at least `samples` usable samples from `position` on."""
         share = self.config.data.max_bad_share
         needed = (
             math.ceil(samples / max(1 - share, 0.5))
@@ -209,7 +209,7 @@ class _Prepare:
 
 
 class _Finish:
-    """Rendering, and the tale of what was skipped. `error` becomes "" for usable rows: filters know no null."""
+    """Rendering, and the tale of what was skipped. Usable rows get the error "": filters know no null."""
 
     def __init__(self, monitor: Any, render: Render) -> None:
         self.monitor = monitor

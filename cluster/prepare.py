@@ -1,4 +1,4 @@
-"""Before a run: paths made absolute, the embedded data set written, everything that can be checked checked."""
+"""Before a run: paths made absolute, the embedded data set written, and what can be checked early, checked."""
 
 from __future__ import annotations
 

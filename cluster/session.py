@@ -20,7 +20,7 @@ from unimrg.errors import UnimrgError
 LAPTOP_CPUS = 4
 OBJECT_STORE_BYTES = 512 << 20
 
-# The SDKs' new trailing checksums are refused by most S3-compatible stores; Ray's own processes write there too.
+# Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's own processes write there too.
 STORAGE_ENVIRONMENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",

@@ -112,7 +112,8 @@ def _summary(config: RunConfig) -> str:
         f" ZeRO-{config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
     )
     return (
-        f"{config.family.name} {config.family.variant}, {config.train.steps} steps of {config.train.batch_size} pictures, "
+        f"{config.family.name} {config.family.weights or config.family.variant}, "
+        f"{config.train.steps} steps of {config.train.batch_size} pictures, "
         f"{config.cluster.workers} worker(s), {engine}, data {config.data.manifest}"
     )
 

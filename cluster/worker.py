@@ -140,7 +140,7 @@ class _Worker:
             self.ingest = ray.get_actor(name)
         return ray.get(self.ingest.shard.remote(self.rank))
 
-    # -- telling -----------------------------------------------------------------------------------------------
+    # -- telling ---------------------------------------------------------------------------------------------
 
     def _observe(self, output: StepOutput) -> None:
         self.position = output.position
@@ -178,7 +178,7 @@ class _Worker:
         if self.rank == 0:
             ray.get(self.monitor.start.remote(step, pids))
 
-    # -- keeping -----------------------------------------------------------------------------------------------
+    # -- keeping ---------------------------------------------------------------------------------------------
 
     def _restore(self, engine: Engine) -> None:
         name = ray.train.collective.broadcast_from_rank_zero(

@@ -187,7 +187,7 @@ def photos(folder: Path) -> None:
     for name, picture in pictures.items():
         Image.fromarray(picture).save(folder / "photos" / f"{name}.jpg")
         turns = [
-            {"from": "human", "value": f"<image>\nWhat is this?"},
+            {"from": "human", "value": "<image>\nWhat is this?"},
             {"from": "gpt", "value": f"A {name}."},
             {"from": "human", "value": "Is it a photograph?"},
             {"from": "gpt", "value": "Yes."},

@@ -121,7 +121,8 @@ class Sample:
 
 def dump_conversations(conversations: tuple[Conversation, ...]) -> str:
     """Conversations as compact JSON: a list of lists of [question, answer]."""
-    return json.dumps([[[turn.question, turn.answer] for turn in c] for c in conversations], ensure_ascii=False)
+    plain = [[[turn.question, turn.answer] for turn in conversation] for conversation in conversations]
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def load_conversations(text: str) -> tuple[Conversation, ...]:

@@ -29,7 +29,8 @@ if __name__ == "__main__":
             [
                 "python -m unimrg.train",
                 "python -m unimrg.train train.steps=1000 weights.depth=0.5",
-                "python -m unimrg.train data.manifest=s3://bucket/mix.json storage_path=s3://bucket/runs name=first",
+                "python -m unimrg.train data=llava data.manifest=s3://bucket/mix.json "
+                "storage_path=s3://bucket/runs name=first",
             ],
         )
     )
