@@ -87,7 +87,7 @@ class Monitor:
 
 
 def start_monitor(folder: Path, command: str, max_bad_share: float, min_checked: int) -> Any:
-    """A handle to a new monitor on this node; `command` is what one would type to run this again."""
+    """A handle to a new monitor on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here)
     return actor.remote(str(folder), command, max_bad_share, min_checked)

@@ -1,4 +1,4 @@
-"""Before a run: paths made absolute, the embedded data set written, and what can be checked early, checked."""
+"""Before a run: paths made absolute, the embedded data set written, everything checkable checked."""
 
 from __future__ import annotations
 
