@@ -78,7 +78,8 @@ class Monitor:
         worst, count = Counter(self.bad.values()).most_common(1)[0]
         return (
             f"{len(self.bad)} of {checked} samples are unusable, mostly {worst} ({count}); see "
-            f"{self.folder / 'quarantine.jsonl'}, mend the data or raise data.max_bad_share ({self.max_bad_share:g})"
+            f"{self.folder / 'quarantine.jsonl'}, mend the data or raise "
+            f"data.max_bad_share ({self.max_bad_share:g})"
         )
 
     def snapshot(self) -> dict[str, Any]:
