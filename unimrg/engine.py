@@ -127,7 +127,7 @@ class TorchEngine:
         if self.ranks > 1:
             devices = [device] if device.type == "cuda" else None
             self._parallel = nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, device_ids=devices, gradient_as_bucket_view=True
             )
 
     def forward(self, batch: Batch, last: bool) -> dict[Task, TaskLoss]:
@@ -296,7 +296,7 @@ def import_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise MissingExtraError("deepspeed", "engine", "engine.name=deepspeed") from error
+        raise MissingExtraError("deepspeed", "engine.name=deepspeed") from error
     if device.type == "cpu":
         # A reduction for inference that training never calls; compiling it takes g++ and ninja, and DeepSpeed
         # doesn't start where they are missing.

@@ -6,7 +6,7 @@ UnimrgError
 ├── DataError            the data set as a whole is unusable (no manifest, too many bad samples)
 ├── SampleError          one sample is unusable: it is quarantined under `reason`, the run goes on
 ├── CheckpointError      weights or a checkpoint can't be read, or don't fit the model
-└── MissingExtraError    an optional package is needed; says which install line adds it
+└── MissingExtraError    a package that only some runs need is missing; says the line that installs it
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class CheckpointError(UnimrgError):
 
 
 class MissingExtraError(UnimrgError):
-    """An optional dependency is not installed."""
+    """A package that only some runs need is not installed."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {package}: pip install 'unimrg[{extra}]'")
+    def __init__(self, package: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}: pip install {package}")

@@ -1,0 +1,267 @@
+"""Trainings with the real engines in groups of processes, for test_engine.py and test_loop.py to look at.
+
+A plan is a list of (function, arguments); every process of a group works through it and writes what it saw
+to `<name>-rank<rank>.pt`. All groups run without a compiler within reach, as on a newcomer's machine.
+
+python -m tests.engine_runs RANK RANKS FOLDER        reads FOLDER/plan.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
+from unimrg import engine as engines
+from unimrg.checkpoint import Progress, load_training, save_training
+from unimrg.config import EngineConfig, TrainConfig, WeightsConfig
+from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
+from unimrg.errors import DataError
+from unimrg.families.harmon.processor import HarmonProcessor
+from unimrg.loop import StepOutput, fit, global_counts
+from unimrg.packing import Batch
+from unimrg.sample import IMAGE_TASKS, Sample
+
+ENGINES = ("torch", "zero1", "zero2", "zero3")
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SIDE, BATCH = 16, 8
+WEIGHTS = WeightsConfig(understanding=1.0, pixel=0.5, depth=2.0, segmentation=0.25)
+ONLY_ANSWERS = WeightsConfig(understanding=1.0, pixel=0.0, depth=0.0, segmentation=0.0)
+
+PIXEL, DEPTH, SEGMENTATION = IMAGE_TASKS
+TEXT: dict[str, Any] = {"picture": False}
+SHAPES: tuple[tuple[dict[str, Any], ...], ...] = (
+    (  # only text in the first half; in two micro-batches on two ranks one has one task, its neighbour four
+        *(TEXT, TEXT | {"conversations": 3}, TEXT | {"turns": 2}, TEXT),
+        *({}, {"conversations": 4}, {"tasks": (PIXEL,), "turns": 3}, {"conversations": 0}),
+    ),
+    (  # only drawings in the first half, and only questions about pictures behind them
+        *({"conversations": 0, "tasks": (DEPTH,)}, {"conversations": 0, "tasks": (DEPTH, PIXEL)}),
+        *({"conversations": 0, "valid": (2, 4, 16, 12)}, {"conversations": 0, "tasks": (SEGMENTATION,)}),
+        *({"tasks": (), "conversations": 2}, {"tasks": ()}, {"tasks": (), "turns": 2}, {"tasks": ()}),
+    ),
+    (  # no segmentation anywhere
+        *(TEXT, {"tasks": (DEPTH,)}, {"tasks": (PIXEL, DEPTH), "conversations": 2}, {"tasks": (PIXEL,)}),
+        *({"tasks": (DEPTH,), "valid": (0, 3, 16, 13)}, TEXT, {"tasks": ()}, {"tasks": (PIXEL, DEPTH)}),
+    ),
+)
+
+
+def samples(step: int) -> list[Sample]:
+    """The global batch of a step (from 0): eight samples that differ in tasks and numbers of answers."""
+    rng = np.random.default_rng(step)
+    shapes = SHAPES[step % len(SHAPES)]
+    return [random_sample(rng, SIDE, step * BATCH + n, **shape) for n, shape in enumerate(shapes)]
+
+
+def batches(processor: HarmonProcessor, first: int, last: int, accumulation: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of the steps `first`..`last`-1: a run of neighbours in the global batch."""
+    rank, ranks = world()
+    size = BATCH // (ranks * accumulation)
+    for step in range(first, last):
+        mine = samples(step)[rank * BATCH // ranks :]
+        yield [processor(mine[at * size : (at + 1) * size]) for at in range(accumulation)]
+
+
+def train_config(steps: int = 3, **changes: Any) -> TrainConfig:
+    """eps damps AdamW, which otherwise turns rounding errors of gradients near zero into whole steps."""
+    values = {"learning_rate": 1e-2, "warmup": 0.0, "weight_decay": 0.1, "clip": 0.5, "eps": 1e-4}
+    return TrainConfig(steps=steps, batch_size=BATCH, **(values | changes))
+
+
+def engine_config(name: str, precision: str = "float32") -> EngineConfig:
+    if name == "torch":
+        return EngineConfig(name="torch", precision=precision)
+    return EngineConfig(name="deepspeed", zero_stage=int(name[-1]), precision=precision)
+
+
+def make(
+    name: str,
+    train: TrainConfig,
+    weights: WeightsConfig = WEIGHTS,
+    precision: str = "float32",
+    dropout: float = 0,
+) -> tuple[Engine, HarmonProcessor]:
+    """An engine around a fresh micro model with everything random, and its processor."""
+    config = micro()
+    config.mar.attn_dropout = config.mar.proj_dropout = dropout
+    model = random_model(config)
+    model.freeze([], weights.active())
+    model.train()
+    processor = HarmonProcessor(config, tokenizer(), weights.active())
+    return make_engine(model, train, engine_config(name, precision), CPU), processor
+
+
+# -- what plans are made of ----------------------------------------------------------------------------------
+
+
+def train(
+    engine: str,
+    accumulation: int = 1,
+    understanding_only: bool = False,
+    precision: str = "float32",
+    export: str = "",
+) -> dict[str, Any]:
+    """Three steps; what every step reported, the weights after them and some insights."""
+    weights = ONLY_ANSWERS if understanding_only else WEIGHTS
+    made, processor = make(engine, train_config(accumulation=accumulation), weights, precision)
+    seen: list[StepOutput] = []
+    fit(made, batches(processor, 0, 3, accumulation), weights.by_task(), 3, observe=seen.append)
+    whole = made.weights()
+    if export and world()[0] == 0:
+        disable_progress_bar()
+        made.model.save_pretrained(export, state_dict=dict(whole))
+    return {
+        "steps": [plain(output) for output in seen],
+        "weights": whole,
+        "frequencies": made.model.get_buffer("llm.model.rotary_emb.inv_freq").clone(),
+    }
+
+
+def decay(engine: str) -> dict[str, Any]:
+    """One step in which every gradient is zero: weight decay alone."""
+    made, processor = make(engine, train_config(1, learning_rate=0.1, weight_decay=0.5))
+    nothing = Sample("nothing", position=0, conversations=())
+    fit(made, [[processor([nothing])]], WEIGHTS.by_task(), 1)
+    return {"weights": made.weights()}
+
+
+def clipped(engine: str) -> dict[str, Any]:
+    """One step of AdamW with an eps so large that the update is the clipped gradient itself."""
+    made, processor = make(engine, train_config(1, learning_rate=1e4, eps=1e4, weight_decay=0.0))
+    fit(made, batches(processor, 0, 1, 1), WEIGHTS.by_task(), 1)
+    return {"weights": made.weights()}
+
+
+def interrupted(engine: str, folder: str, stop_at: int = 0, resume: bool = False) -> dict[str, Any]:
+    """Six steps with dropout: undisturbed, up to `stop_at` and saved, or resumed from what was saved."""
+    rank, ranks = world()
+    torch.manual_seed(rank)
+    made, processor = make(engine, train_config(6), dropout=0.3)
+    position = load_training(Path(folder), made).position if resume else 0
+    seen: list[StepOutput] = []
+
+    def save(output: StepOutput) -> None:
+        # As in a cluster: every rank writes into a folder of its own, all of them are merged in the store.
+        mine = Path(folder).with_name(f"{Path(folder).name}-rank{rank}")
+        save_training(mine, made, Progress(output.step, output.position, ranks, BATCH, {}))
+        shutil.copytree(mine, folder, dirs_exist_ok=True)
+
+    fit(
+        made,
+        batches(processor, position // BATCH, 6, 1),
+        WEIGHTS.by_task(),
+        stop_at or 6,
+        observe=seen.append,
+        save=save if stop_at else lambda output: None,
+    )
+    return {"steps": [plain(output) for output in seen], "weights": made.weights(), "position": position}
+
+
+def refused(engine: str, folder: str) -> dict[str, Any]:
+    """What is said to a checkpoint of another engine or another number of ranks."""
+    made, _ = make(engine, train_config(6))
+    try:
+        load_training(Path(folder), made)
+    except Exception as error:
+        return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "", "message": ""}
+
+
+def talk() -> dict[str, Any]:
+    """What ranks tell each other: numbers, counts, and that one of them has run out of data."""
+    rank, ranks = world()
+    made, processor = make("torch", train_config(2))
+    counts = global_counts([processor(samples(0)[rank * BATCH // ranks :][: BATCH // ranks])])
+    try:
+        fit(made, list(batches(processor, 0, 2, 1))[: 2 - rank], WEIGHTS.by_task(), 2)
+        reason = ""
+    except DataError as error:
+        reason = str(error)
+    named = {str(task): count for task, count in counts.items()}
+    return {"gathered": gather([rank + 0.5, 2.0**40]), "counts": named, "reason": reason}
+
+
+def plain(output: StepOutput) -> dict[str, Any]:
+    """Loadable without running code."""
+    values = asdict(output)
+    values["losses"] = {str(task): loss for task, loss in output.losses.items()}
+    return values
+
+
+# -- groups --------------------------------------------------------------------------------------------------
+
+
+class Group:
+    """Processes that work through a plan. start, then wait; `result` reads what a rank left."""
+
+    def __init__(self, folder: Path, ranks: int, plan: dict[str, tuple[str, dict[str, Any]]]) -> None:
+        folder.mkdir(parents=True)
+        (folder / "empty").mkdir()
+        (folder / "plan.json").write_text(json.dumps(plan))
+        # Nothing on the path, not even `which`; no extension built earlier either.
+        alone = {"PATH": str(folder / "empty"), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+        clean = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "DS_ACCELERATOR")}
+        self.folder = folder
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.engine_runs", str(rank), str(ranks), str(folder)],
+                cwd=ROOT,
+                env=clean | alone | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    def wait(self) -> Group:
+        """Raises AssertionError with the output when a process failed."""
+        try:
+            self.said = [process.communicate(timeout=600)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        assert not any(process.returncode for process in self.processes), "\n".join(self.said)
+        return self
+
+    def result(self, name: str, rank: int = 0) -> dict[str, Any]:
+        return torch.load(self.folder / f"{name}-rank{rank}.pt", weights_only=True)
+
+
+def main(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
+    shard_everything()
+    for name, (function, arguments) in json.loads((folder / "plan.json").read_text()).items():
+        torch.save(globals()[function](**arguments), folder / f"{name}-rank{rank}.pt")
+
+
+def shard_everything() -> None:
+    """Have ZeRO-3 shard small parameters too; by default it keeps whole what this model is made of."""
+    config = DeepSpeedEngine._config
+
+    def patched(self: DeepSpeedEngine, *arguments: Any) -> dict[str, Any]:
+        values = config(self, *arguments)
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return values
+
+    engines.DeepSpeedEngine._config = patched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
