@@ -25,7 +25,7 @@ RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
 
 @contextlib.contextmanager
 def running_cluster() -> Iterator[str]:
-    """A head node with ports and a folder of its own; yields the dashboard's address, stops what it started."""
+    """A head node with ports and a folder of its own; yields its dashboard, stops what it started."""
     # Ray's sockets have names of their own below this folder, and a socket's path may not be long.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     dashboard = free_port()
