@@ -5,6 +5,7 @@ train_worker ─► fit ─► train_step ─► Family.forward
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from unimrg.checkpoint import Progress, is_complete, load_training, mark_complet
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
 from unimrg.engine import Engine, gather, make_engine
-from unimrg.errors import UnimrgError
+from unimrg.errors import CheckpointError, ConfigError, DataError, MissingExtraError, UnimrgError
 from unimrg.families import load_family
 from unimrg.loop import StepOutput, fit
 from unimrg.metrics import Meter
@@ -42,14 +43,30 @@ MODEL = "model"
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """Train until the steps are done. Arguments: `config` (plain), `monitor` (actor handle).
 
-    An error that the user must mend is returned as `error` instead of raised: restarting can't cure it.
+    An error that the user must mend, and that every rank has met, is returned as `error`: restarting can't
+    cure it. Any other error is raised, so that Ray replaces the whole group: a rank that merely left would
+    leave the others waiting.
     """
-    config = from_plain(arguments["config"])
-    worker = _Worker(config, arguments["monitor"])
     try:
-        return worker.run()
-    except UnimrgError as error:
-        return {"error": str(error), "kind": type(error).__name__}
+        return _Worker(from_plain(arguments["config"]), arguments["monitor"]).run()
+    except (_GivenUp, DataError) as error:
+        return {"error": str(error)}
+
+
+class _GivenUp(Exception):
+    """All ranks stop, for the reason in the message."""
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """If one rank fails inside in a way the user must mend, all ranks give up together."""
+    failure: UnimrgError | None = None
+    try:
+        yield
+    except (ConfigError, CheckpointError, MissingExtraError) as error:
+        failure = error
+    if any(failed for (failed,) in gather([float(failure is not None)])):
+        raise _GivenUp(str(failure or "another worker gave up; its log says why"))
 
 
 def run_store(config: RunConfig) -> Store:
@@ -88,13 +105,15 @@ class _Worker:
         device = _device(self.config)
         family = load_family(self.config.family.name)
         tasks = self.config.weights.active()
-        model, tokenizer = family.build(self.config.family, self.config.seed)
-        model.freeze(self.config.family.freeze, tasks)
+        with _together():
+            model, tokenizer = family.build(self.config.family, self.config.seed)
+            model.freeze(self.config.family.freeze, tasks)
         model.train()
         self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)
         engine = make_engine(model, self.config.train, self.config.engine, device)
         torch.manual_seed(self.config.seed + 7919 * self.rank)  # of dropout; a checkpoint brings its own
-        self._restore(engine)
+        with _together():
+            self._restore(engine)
         self._announce(engine.steps_done)
         remaining = self.config.train.steps - engine.steps_done
         fit(
