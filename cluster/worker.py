@@ -28,7 +28,14 @@ from unimrg.checkpoint import Progress, is_complete, load_training, mark_complet
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
 from unimrg.engine import Engine, gather, make_engine
-from unimrg.errors import CheckpointError, ConfigError, DataError, MissingExtraError, UnimrgError
+from unimrg.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    StorageError,
+    UnimrgError,
+)
 from unimrg.families import load_family
 from unimrg.loop import StepOutput, fit
 from unimrg.metrics import Meter
@@ -240,10 +247,13 @@ class _Worker:
         )
 
     def _retire(self, checkpoints: Store) -> None:
-        """Delete all but the newest complete checkpoints."""
+        """Delete all but the newest checkpoints; one that stays costs space, not the run."""
         names = sorted(e.path for e in checkpoints.list() if e.is_folder and e.path.startswith("step-"))
         for name in names[: -self.config.train.keep_checkpoints]:
-            checkpoints.delete(name)
+            try:
+                checkpoints.delete(name)
+            except StorageError as error:
+                self.monitor.event.remote("warning", str(error))
 
     def _export(self, engine: Engine, tokenizer: Any) -> None:
         """A folder that `from_pretrained` loads: weights, configuration, tokenizer."""

@@ -367,8 +367,14 @@ class Store:
             raise StorageError(f"{self._where(entry.path)} was cut short while reading; try again")
 
     def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
-            self.filesystem().delete_file(self._key(path))
+        try:
+            with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
+                self.filesystem().delete_file(self._key(path))
+        except StorageError:
+            # After a delete pyarrow writes a marker for the folder, which another delete may just have removed:
+            # then the object is gone all the same.
+            if self.stat(path) is not None:
+                raise
 
     def _remove_markers(self, key: str) -> None:
         """Remove the empty objects that pyarrow leaves to stand for folders.
