@@ -179,9 +179,9 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
         base_width=16,
         multipliers=(1, 1, 2, 2),
         blocks_per_level=1,
-        norm_groups=8,
+        norm_groups=2,
         encoder_attention_levels=(3,),
-        scale=1.0,
+        scale=0.9685,
     )
     mar = MARConfig(
         grid=(8, 8),
