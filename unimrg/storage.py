@@ -371,8 +371,8 @@ class Store:
             with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
                 self.filesystem().delete_file(self._key(path))
         except StorageError:
-            # After a delete pyarrow writes a marker for the folder, which another delete may just have removed:
-            # then the object is gone all the same.
+            # After a delete pyarrow writes a marker for the folder, which another delete may just have
+            # removed: then the object is gone all the same.
             if self.stat(path) is not None:
                 raise
 
