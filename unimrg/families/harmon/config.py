@@ -181,7 +181,7 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
         blocks_per_level=1,
         norm_groups=2,
         encoder_attention_levels=(3,),
-        scale=0.9685,
+        scale=0.9208,
     )
     mar = MARConfig(
         grid=(8, 8),
