@@ -48,6 +48,8 @@ class MARConfig:
     latent_channels: channels of the autoencoder; a token holds latent_channels * patch_size**2 numbers.
     class_num: rows of an unused table that published checkpoints carry.
     diffusion_batch_mul: fresh (timestep, noise) draws per token and training step.
+    clip_latents: in sampling, predicted clean latents stay within +- this; 0 = unbounded, as published. The
+        first steps divide by nearly nothing, which only a long-trained head survives unbounded.
     """
 
     grid: tuple[int, int] = (16, 16)
@@ -70,6 +72,7 @@ class MARConfig:
     head_width: int = 1536
     sampling_steps: int = 100
     diffusion_batch_mul: int = 4
+    clip_latents: float = 0.0
 
     def __post_init__(self) -> None:
         self.grid = (int(self.grid[0]), int(self.grid[1]))
@@ -198,6 +201,8 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
         head_depth=3,
         head_width=192,
         sampling_steps=20,
+        diffusion_batch_mul=2,
+        clip_latents=4.0,
     )
     llm = _qwen2_5(
         vocab_size=vocab_size,

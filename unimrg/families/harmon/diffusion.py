@@ -123,6 +123,7 @@ class DiffusionHead(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.sampling_steps = config.sampling_steps
+        self.clip = config.clip_latents
         self.token_width = config.token_width
         self.net = HeadNetwork(config.token_width, config.decoder_width, config.head_depth, config.head_width)
 
@@ -157,7 +158,7 @@ class DiffusionHead(nn.Module):
         """
         predicted_NC, value_NC = output_NC2.float().chunk(2, dim=-1)
         mean_NC, log_variance_NC, _ = reverse_moments(
-            x_NC, predicted_NC, value_NC, tables(steps, x_NC.device).at(step_N)
+            x_NC, predicted_NC, value_NC, tables(steps, x_NC.device).at(step_N), self.clip
         )
         noisy = (step_N != 0).unsqueeze(-1)
         return mean_NC + noisy * torch.exp(0.5 * log_variance_NC) * noise_NC * temperature

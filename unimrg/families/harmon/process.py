@@ -91,13 +91,16 @@ def _tables64(steps: int) -> Tables:
 
 
 def reverse_moments(
-    x_NC: Tensor, noise_NC: Tensor, value_NC: Tensor, at: Tables
+    x_NC: Tensor, noise_NC: Tensor, value_NC: Tensor, at: Tables, clip: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and log-variance of the reverse step, and the predicted x0, from the network's two outputs.
 
-    `value_NC` interpolates the log-variance between the posterior's (-1) and beta's (+1).
+    `value_NC` interpolates the log-variance between the posterior's (-1) and beta's (+1). clip: the predicted
+    x0 is kept within +-clip; 0 = it is not.
     """
     x0_NC = at.x0_from_xt * x_NC - at.x0_from_noise * noise_NC
+    if clip:
+        x0_NC = x0_NC.clamp(-clip, clip)
     mean_NC = at.posterior_mean_x0 * x0_NC + at.posterior_mean_xt * x_NC
     share_NC = (value_NC + 1) / 2
     log_variance_NC = share_NC * at.log_betas + (1 - share_NC) * at.posterior_log_variance
