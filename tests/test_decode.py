@@ -375,3 +375,17 @@ def test_render_sample_with_less() -> None:
         render_sample(Record("i", talks, image=SMOOTH), Labels(), 0, 32, "crop")
     with pytest.raises(SampleError, match="missing-label"):
         render_sample(Record("i", talks, image=SMOOTH), Labels(depth=SMOOTH), 0, 32)
+
+
+def test_published_geometry_shows_two_pictures() -> None:
+    """Questions see the padded picture; drawings are squashed, as is the picture they start from."""
+    image = np.arange(40 * 20 * 3, dtype=np.uint8).reshape(40, 20, 3)
+    record = Record("a", (), image)
+    labels = Labels(depth=image[:, :, 0], segmentation=np.zeros((40, 20), np.uint8))
+    published, squashed, padded = (
+        render_sample(record, labels, 0, 16, geometry) for geometry in ("published", "squash", "pad")
+    )
+    assert np.array_equal(published.image, padded.image)
+    assert published.valid == (0, 0, 16, 16)
+    for task, target in squashed.targets.items():
+        assert np.array_equal(published.targets[task], target)

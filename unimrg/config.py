@@ -329,6 +329,11 @@ class RunConfig:
         """Raise ConfigError for the first value that can't be used."""
         for part in ("family", "data", "teachers", "weights", "train", "engine", "cluster", "report"):
             getattr(self, part).check()
+        if self.data.geometry == "published" and not self.train.published_prompts:
+            raise ConfigError(
+                "data.geometry is `published`, where drawings start from another picture than questions; "
+                "set train.published_prompts=true too"
+            )
         require("seed", self.seed, 0, 2**32 - 1)
         require("log_every", self.log_every, 1)
         if any(character in self.name for character in "/\\ ") or self.name.startswith("."):

@@ -1,8 +1,9 @@
-"""From pictures and maps of any shape to the training square, in one of two geometries.
+"""From pictures and maps of any shape to the training square, in one of three geometries.
 
 "pad" (ours): the picture is centred on a grey square, and so are all its drawings, so that every task sees
 one geometry and the image tokens can be shared; the padding is left out of the image losses (`Sample.valid`).
-"squash" (as published): the picture is stretched to a square, losing its proportions.
+"squash": the picture is stretched to a square, losing its proportions.
+"published": questions see the padded picture, drawings start from the squashed one and are squashed.
 
 Pillow's `resize` averages over as many pixels as the factor asks for, so shrinking never aliases.
 """
@@ -16,7 +17,7 @@ from PIL.Image import Resampling
 from unimrg.errors import ConfigError, SampleError
 from unimrg.sample import Labels, Record, Sample, Task
 
-GEOMETRIES = ("pad", "squash")
+GEOMETRIES = ("pad", "squash", "published")
 GREY = 127
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the square, right and bottom excluded
@@ -52,7 +53,7 @@ def depth_target(depth: np.ndarray, side: int, geometry: str = "pad") -> np.ndar
     """
     _check(geometry)
     values = depth if depth.dtype == np.uint8 else depth.astype(np.float32)
-    if geometry == "squash":
+    if geometry != "pad":
         stretched = _resize(values, max(values.shape), Resampling.BICUBIC)
         return _full_range(_resize(stretched, side, Resampling.BILINEAR))
     height, width = values.shape
@@ -72,7 +73,7 @@ def segmentation_target(boundaries: np.ndarray, side: int, geometry: str = "pad"
     Raises ConfigError for an unknown geometry.
     """
     _check(geometry)
-    if geometry == "squash":
+    if geometry != "pad":
         square = _resize(boundaries, max(boundaries.shape), Resampling.BICUBIC)
         return _resize(square, side, Resampling.NEAREST)
     height, width = boundaries.shape
@@ -95,9 +96,11 @@ def render_sample(record: Record, labels: Labels, position: int, side: int, geom
         return Sample(record.id, position, record.conversations)
     if geometry == "pad":
         image, valid = pad_square(record.image, side)
+        targets = {Task.PIXEL: image}
     else:
-        image, valid = squash(record.image, side), (0, 0, side, side)
-    targets = {Task.PIXEL: image}
+        valid = (0, 0, side, side)
+        targets = {Task.PIXEL: squash(record.image, side)}
+        image = targets[Task.PIXEL] if geometry == "squash" else pad_square(record.image, side)[0]
     height, width = record.image.shape[:2]
     if labels.depth is not None:
         depth = _label(labels.depth, "depth")
