@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.expressions import col
 
 from unimrg.config import RunConfig, S3Options, TeacherConfig, TeachersConfig
@@ -156,7 +156,12 @@ def sample_dataset(config: RunConfig, ingest: Any, monitor: Any, position: int, 
     )
     side = load_family(config.family.name).image_size(config.family)
     fetch = Fetch(open_sources(config), config.data)
-    dataset = dataset.map_batches(_Prepare(ingest, fetch), batch_format="pyarrow", batch_size=1)
+    dataset = dataset.map_batches(
+        _Prepare(ingest, fetch),
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=TaskPoolStrategy(size=_fetchers()),
+    )
     dataset = add_teachers(dataset, config)
     finish = _Finish(monitor, Render(side, config.data.geometry))
     return dataset.map_batches(finish, batch_format="pyarrow", batch_size=None).filter(
@@ -183,6 +188,11 @@ def add_teachers(dataset: Dataset, config: RunConfig) -> Dataset:
             num_cpus=0.5 if not gpus else 1,
         )
     return dataset
+
+
+def _fetchers() -> int:
+    """Tasks that fetch and decode at once: they must keep ahead of training, not take its cores."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
 
 
 def _pool(options: TeacherConfig) -> tuple[int, float]:

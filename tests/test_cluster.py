@@ -59,31 +59,35 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small(base: Path, scenes: Path) -> list[str]:
+    """Overrides of a run of seconds."""
+    return [
+        "name=run",
+        f"family.weights={base}",
+        f"data.manifest={scenes}/train.json",
+        f"data.held_out={scenes}/test.json",
+        "train.steps=6",
+        "train.batch_size=4",
+        "train.checkpoint_every=2",
+        "data.unit=4",
+        "engine.threads=1",
+        "cluster.workers=1",
+        "report.questions=4",
+        "report.images=1",
+        "report.draw_iterations=2",
+        "report.max_new_tokens=2",
+    ]
+
+
 @pytest.fixture
 def config(
     base: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., RunConfig]:
-    """Makes the configuration of a small run; keyword arguments are overrides with `_` for `.`."""
+    """Makes the configuration of a small run from further overrides."""
     monkeypatch.chdir(tmp_path)
 
     def make(*overrides: str) -> RunConfig:
-        defaults = [
-            "name=run",
-            f"family.weights={base}",
-            f"data.manifest={scenes}/train.json",
-            f"data.held_out={scenes}/test.json",
-            "train.steps=6",
-            "train.batch_size=4",
-            "train.checkpoint_every=2",
-            "data.unit=4",
-            "engine.threads=1",
-            "cluster.workers=1",
-            "report.questions=4",
-            "report.images=1",
-            "report.draw_iterations=2",
-            "report.max_new_tokens=2",
-        ]
-        return compose("train", [*defaults, *overrides], RunConfig)
+        return compose("train", [*small(base, scenes), *overrides], RunConfig)
 
     return make
 
@@ -131,10 +135,20 @@ def test_two_workers_zero2_from_s3(
     assert stored.exists("report/report.html")
 
 
-def test_killed_worker_recovers_exactly(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one worker that nothing happens to."""
+    outputs = tmp_path_factory.mktemp("undisturbed")
+    words = [*small(base, scenes), "report.enabled=false", "train.steps=8", f"storage_path={outputs}"]
+    assert run(compose("train", words, RunConfig)) == 0
+    return outputs / "run"
+
+
+def test_killed_worker_recovers_exactly(
+    config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path
+) -> None:
     """kill -9 of a worker in mid-run: it goes on from the last checkpoint and ends with the same weights."""
-    assert run(config("name=undisturbed", "report.enabled=false", "train.steps=8")) == 0
-    folder = tmp_path / "outputs" / "killed"
+    folder = tmp_path / "outputs" / "run"
     metrics = folder / "metrics.jsonl"
     killed: list[int] = []
 
@@ -145,32 +159,24 @@ def test_killed_worker_recovers_exactly(config: Callable[..., RunConfig], tmp_pa
                 os.kill(killed[0], signal.SIGKILL)
             time.sleep(0.02)
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    assert run(config("name=killed", "report.enabled=false", "train.steps=8")) == 0
-    events = [e["event"] for e in read_jsonl(tmp_path / "outputs" / "killed" / "events.jsonl")]
+    threading.Thread(target=kill, daemon=True).start()
+    assert run(config("report.enabled=false", "train.steps=8")) == 0
+    events = [e["event"] for e in read_jsonl(folder / "events.jsonl")]
     assert events.count("resume") == 1, events
     assert [record["step"] for record in read_jsonl(metrics)] == list(range(1, 9))
-    outputs = tmp_path / "outputs"
-    assert weights_digest(outputs / "killed" / "model") == weights_digest(outputs / "undisturbed" / "model")
+    assert weights_digest(folder / "model") == weights_digest(undisturbed / "model")
 
 
-def test_two_workers_equal_one(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_two_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path) -> None:
     """The same batches and the same losses through the whole pipeline, whatever the number of workers."""
-    for workers in (1, 2):
-        assert (
-            run(
-                config(
-                    f"name=w{workers}", f"cluster.workers={workers}", "report.enabled=false", "train.steps=4"
-                )
-            )
-            == 0
-        )
-    one, two = (read_jsonl(tmp_path / "outputs" / f"w{n}" / "metrics.jsonl") for n in (1, 2))
+    assert run(config("cluster.workers=2", "report.enabled=false", "train.steps=8", "engine=zero1")) == 0
+    one, two = (
+        read_jsonl(folder / "metrics.jsonl") for folder in (undisturbed, tmp_path / "outputs" / "run")
+    )
     for a, b in zip(one, two, strict=True):
         assert a["position"] == b["position"]
         for task in Task:
-            assert a[f"loss/{task}"] == pytest.approx(b[f"loss/{task}"], rel=1e-5)
+            assert a[f"loss/{task}"] == pytest.approx(b[f"loss/{task}"], rel=1e-4)
 
 
 def photos(folder: Path) -> None:

@@ -95,10 +95,10 @@ class FamilyConfig:
 class ScenesConfig:
     """The embedded procedural data set."""
 
-    train: int = knob(1600, "pictures to train on")
+    train: int = knob(800, "pictures to train on")
     test: int = knob(64, "pictures held out")
     size: int = knob(128, "side of a picture in pixels, 32..1024")
-    questions: int = knob(6, "questions per picture, 2..8")
+    questions: int = knob(4, "questions per picture, 2..8")
     seed: int = knob(0, "another seed draws other pictures")
 
     def check(self) -> None:
@@ -221,10 +221,10 @@ class WeightsConfig:
 class TrainConfig:
     """The optimisation."""
 
-    steps: int = knob(300, "optimiser steps")
-    batch_size: int = knob(8, "pictures per step over all workers")
+    steps: int = knob(280, "optimiser steps")
+    batch_size: int = knob(4, "pictures per step over all workers")
     accumulation: int = knob(1, "micro-batches per step and worker")
-    learning_rate: float = knob(1e-3, "peak, after the warm-up")
+    learning_rate: float = knob(1.5e-3, "peak, after the warm-up")
     warmup: float = knob(
         0.05, "share of the steps with linearly rising learning rate, then cosine to 0; 0..1"
     )
