@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.pipeline import open_manifest, split_url
 from unimrg.config import RunConfig
-from unimrg.errors import DataError
+from unimrg.errors import CheckpointError, DataError
 from unimrg.storage import Store
 
 
@@ -60,3 +60,13 @@ def check_data(config: RunConfig) -> None:
     if not len(manifest):
         raise DataError(f"{url} has no entries")
     Store.at(config.data.images or split_url(config.data.manifest)[0], config.s3.store()).check_readable()
+
+
+def check_weights(config: RunConfig) -> None:
+    """Stop before anything is started when files of the model aren't there. Raises CheckpointError."""
+    for key in ("weights", "vae_weights", "tokenizer"):
+        path = getattr(config.family, key)
+        if path and not Path(path).exists():
+            raise CheckpointError(
+                f"family.{key}: {path} does not exist; give a file or a folder that is there"
+            )

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.held_out import compare
 from cluster.monitor import start_monitor
-from cluster.prepare import check_data, make_absolute, prepare_data
+from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.progress import Progress
 from cluster.session import gpus_of_cluster, ray_session
 from cluster.worker import CHECKPOINTS, MODEL, run_store, train_worker
@@ -35,6 +35,7 @@ def run(config: RunConfig) -> int:
         config.name or f"{config.family.name}-{config.family.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     make_absolute(config)
+    check_weights(config)
     store = run_store(config)
     store.check_writable()
     folder = local_folder(config)
