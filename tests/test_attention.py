@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.test_plan import LAYOUTS, layout
 from unimrg.attention import IMPLEMENTATION, NO_MASK, plan_attention
 from unimrg.packing import Layout, pack
 from unimrg.plan import Plan, Segment
@@ -40,11 +41,7 @@ def assert_same(plan: Plan, heads: tuple[int, int], scale: float | None = None) 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.lists(
-        st.builds(Layout, st.integers(0, 6), st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)),
-        min_size=1,
-        max_size=4,
-    ),
+    LAYOUTS,
     st.sampled_from([(2, 2), (4, 2), (6, 1)]),
 )
 def test_random_plans(layouts: list[Layout], heads: tuple[int, int]) -> None:
@@ -72,7 +69,7 @@ def test_causal_aligns_at_the_bottom_right() -> None:
 
 
 def test_a_sequence_of_another_length_is_refused() -> None:
-    plan = pack([Layout(2, (1,))]).plan
+    plan = pack([layout(2, 1)]).plan
     with pytest.raises(ValueError, match="3 tokens"):
         plan_attention(*[torch.zeros(1, 2, 4, 8)] * 3, plan)
 
@@ -86,7 +83,7 @@ def test_a_library_model_takes_the_plan() -> None:
     )  # fmt: skip
     model = Qwen2ForCausalLM._from_config(config, attn_implementation=IMPLEMENTATION).model.eval()
     prefix, branches = torch.randn(5, 32), [torch.randn(3, 32), torch.randn(4, 32)]
-    packed = pack([Layout(5, (3, 4))])
+    packed = pack([layout(5, 3, 4)])
     with torch.no_grad():
         together = model(
             inputs_embeds=torch.cat([prefix, *branches])[None],

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.processor import BranchSpec, HarmonBatch, HarmonProcessor, Pictures, assemble
+from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
+from unimrg.families.processor import Branch, Pictures
 from unimrg.losses import combine
 from unimrg.sample import IMAGE_TASKS, Sample, Task
 
@@ -54,12 +55,12 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error <= TOLERANCE * largest + 1e-12, f"{name}: {error:.1e} of {largest:.1e}"
 
 
-def one_by_one(branches: list[BranchSpec], pictures: Pictures) -> list[HarmonBatch]:
+def one_by_one(branches: list[Branch], pictures: Pictures) -> list[HarmonBatch]:
     """Every branch as a batch of its own, with its own copy of the prefix."""
     return [alone(branch, pictures) for branch in branches]
 
 
-def alone(branch: BranchSpec, pictures: Pictures) -> HarmonBatch:
+def alone(branch: Branch, pictures: Pictures) -> HarmonBatch:
     own = Pictures()
     if branch.image is not None:
         own.images.append(pictures.images[branch.image])
@@ -69,7 +70,7 @@ def alone(branch: BranchSpec, pictures: Pictures) -> HarmonBatch:
     elif branch.target is not None:
         own.extra.append(pictures.extra[-branch.target.source - 1])
         branch = replace(branch, target=replace(branch.target, source=-1))
-    return assemble(micro(), [branch], own, samples=1, next_position=0)
+    return processor().assemble([branch], own, samples=1, next_position=0)
 
 
 @st.composite
@@ -101,10 +102,10 @@ def sample_lists(draw: st.DrawFn) -> list[Sample]:
 def test_packed_is_separate(samples: list[Sample]) -> None:
     pictures, branches = Pictures(), []
     for sample in samples:
-        branches += processor()._branches(sample, pictures, {"truncated": 0})
+        branches += processor().branches(sample, pictures, {"truncated": 0})
     if not branches:
         return
-    packed = assemble(micro(), branches, pictures, samples=len(samples), next_position=0)
+    packed = processor().assemble(branches, pictures, samples=len(samples), next_position=0)
     for got, want in zip(gradients([packed]), gradients(one_by_one(branches, pictures)), strict=True):
         assert_same(got, want)
 
@@ -115,8 +116,8 @@ def test_packed_is_separate_with_everything_in_it() -> None:
     samples = [random_sample(rng, SIDE, position, conversations=3, turns=2) for position in range(3)]
     pictures, branches = Pictures(), []
     for sample in samples:
-        branches += processor()._branches(sample, pictures, {"truncated": 0})
-    packed = assemble(micro(), branches, pictures, samples=len(samples), next_position=0)
+        branches += processor().branches(sample, pictures, {"truncated": 0})
+    packed = processor().assemble(branches, pictures, samples=len(samples), next_position=0)
     sums, grads = gradients([packed])
     singles = one_by_one(branches, pictures)
     assert len(singles) == 18 and packed.tokens < 0.75 * sum(batch.tokens for batch in singles)
@@ -154,11 +155,11 @@ def test_filler_weighs_nothing(what: str) -> None:
     }[what]
     filled = processor()([sample])
     pictures = Pictures()
-    branches = processor()._branches(sample, pictures, {"truncated": 0})
+    branches = processor().branches(sample, pictures, {"truncated": 0})
     sums, grads = gradients([filled])
     assert grads.keys() == {name for name, p in model().named_parameters() if p.requires_grad}
     if branches:
-        bare = assemble(micro(), branches, pictures, samples=1, next_position=0)
+        bare = processor().assemble(branches, pictures, samples=1, next_position=0)
         assert bare.counts == filled.counts
         for got, want in zip((sums, grads), gradients([bare]), strict=True):
             assert_same(got, want)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.tiny_harmon import micro, random_sample, tokenizer
-from unimrg.families.harmon.processor import IGNORE, IMAGE_ID, HarmonBatch, HarmonProcessor, Pictures
+from unimrg.families.harmon.processor import IGNORE, IMAGE_ID, HarmonBatch, HarmonProcessor
+from unimrg.families.processor import Pictures
 from unimrg.sample import IMAGE_TASKS, Sample, Task, Turn
 from unimrg.tasks import UNCONDITIONAL
 
@@ -209,22 +210,22 @@ def test_published_prompts_carry_the_slips() -> None:
 def test_published_text_only_samples_get_a_grey_picture() -> None:
     text = replace(sample(picture=False), conversations=(TURNS, TURNS))
     batch = process([text], published=True, tasks=(Task.UNDERSTANDING,))
-    assert len(batch.images) == 2 and bool((batch.images == 127).all())
+    assert len(batch.images) == 1 and bool((batch.images == 127).all())
     assert process([text], tasks=(Task.UNDERSTANDING,)).counts == batch.counts
 
 
 def test_prompts_are_tokenised_apart_from_the_picture() -> None:
     """Outside the published recipe all tasks share the ids before the picture: that is what they share."""
     make, pictures = HarmonProcessor(micro(), tokenizer()), Pictures()
-    branches = make._branches(sample(conversations=2), pictures, {"truncated": 0})
-    assert {branch.prefix for branch in branches} == {make.open_ids}
+    branches = make.branches(sample(conversations=2), pictures, {"truncated": 0})
+    assert {branch.opening for branch in branches} == {make.open_ids}
     assert [branch.image for branch in branches] == [0] * 5
     assert all(label == IGNORE for branch in branches[2:] for label in branch.labels)
 
 
 def test_prompt_dropout_drops_the_text_only() -> None:
     make = HarmonProcessor(micro(), tokenizer(), prompt_dropout=1.0)
-    branches = make._branches(sample(conversations=0), Pictures(), {"truncated": 0})
+    branches = make.branches(sample(conversations=0), Pictures(), {"truncated": 0})
     want = make.prompt(Task.PIXEL, UNCONDITIONAL)[len(make.open_ids) + 1 :]
     assert list(branches[0].ids) == want and branches[0].image == 0
     assert all(list(branch.ids) != want for branch in branches[1:])

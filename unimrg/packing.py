@@ -1,28 +1,43 @@
 """Samples into a batch without padding: where prefixes and branches lie, and what a batch holds.
 
-A family's processor says how long each prefix and its branches are (`Layout`); `pack` lays them one behind
-the other and returns positions and the plan. Positions of every branch start again after its prefix, so a
-branch is computed exactly as if its prefix stood before it alone (design: one image, many tasks, one pass).
+A family's processor says of what stretches each prefix and its branches consist (`Layout`); `pack` lays them
+one behind the other and returns positions and the plan. Positions of every branch start again after its
+prefix, so a branch is computed exactly as if its prefix stood before it alone (design: one image, many
+tasks, one pass).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
 from unimrg.plan import Plan, Segment, Span
 from unimrg.sample import Task
 
+Mode = Literal["causal", "full", "ahead"]
+
+
+class Stretch(NamedTuple):
+    """`length` tokens in a row that look at everything before them in their branch, and at each other:
+
+    causal: each at the ones before it and itself. full: all at all (masked image tokens).
+    ahead: causal, and at the whole stretch behind (text in front of picture features that every row sees).
+    """
+
+    length: int
+    mode: Mode = "causal"
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Lengths of one prefix (0 for text-only) and of the causal branches that share it."""
+    """One prefix (empty for text-only) and the branches that share it."""
 
-    prefix: int
-    branches: tuple[int, ...]
+    prefix: tuple[Stretch, ...]
+    branches: tuple[tuple[Stretch, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -39,25 +54,49 @@ class Packed:
 
 
 def pack(layouts: list[Layout]) -> Packed:
-    """Lay out prefixes and branches one behind the other."""
-    segments, positions, prefixes, branches = [], [], [], []
+    """Lay out prefixes and branches one behind the other.
+
+    Raises ValueError when the last stretch of a prefix or branch is an `ahead` one.
+    """
+    segments: list[Segment] = []
+    positions, prefixes, branches = [torch.zeros(0, dtype=torch.long)], [], []
     end = 0
     for layout in layouts:
-        prefix = (end, end + layout.prefix)
-        if layout.prefix:
-            segments.append(Segment(prefix, (prefix,), causal=True))
-            positions.append(torch.arange(layout.prefix))
+        prefix = (end, end + sum(stretch.length for stretch in layout.prefix))
+        segments += _segments(layout.prefix, (), end)
+        positions.append(torch.arange(prefix[1] - prefix[0]))
         end = prefix[1]
         spans = []
-        for length in layout.branches:
-            span = (end, end + length)
-            segments.append(Segment(span, (prefix, span) if layout.prefix else (span,), causal=True))
-            positions.append(torch.arange(layout.prefix, layout.prefix + length))
+        for branch in layout.branches:
+            span = (end, end + sum(stretch.length for stretch in branch))
+            shared = (prefix,) if prefix[1] > prefix[0] else ()
+            segments += _segments(branch, shared, end)
+            positions.append(torch.arange(span[1] - span[0]) + prefix[1] - prefix[0])
             spans.append(span)
-            end += length
+            end = span[1]
         prefixes.append(prefix)
         branches.append(tuple(spans))
     return Packed(Plan(end, tuple(segments)), torch.cat(positions), tuple(prefixes), tuple(branches))
+
+
+def _segments(stretches: Sequence[Stretch], shared: tuple[Span, ...], start: int) -> list[Segment]:
+    """Segments of stretches that begin at `start`, behind the keys in `shared`."""
+    segments: list[Segment] = []
+    at, last = start, ""
+    full = [stretch for stretch in stretches if stretch.length]
+    for number, (length, mode) in enumerate(full):
+        stop = at + length
+        keys: tuple[Span, ...] = (*shared, (start, stop))
+        if mode == "ahead":
+            if number + 1 == len(full):
+                raise ValueError(f"stretch {number} looks ahead, but nothing follows it in its branch")
+            # In front of the others, since a causal segment is aligned at its last keys.
+            keys = ((stop, stop + full[number + 1].length), *keys)
+        if mode == last == "causal":  # one longer attention call instead of two
+            at = segments.pop().query[0]
+        segments.append(Segment((at, stop), keys, causal=mode != "full"))
+        at, last = stop, mode
+    return segments
 
 
 @dataclass(frozen=True, kw_only=True)

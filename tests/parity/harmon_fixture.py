@@ -13,15 +13,8 @@ from torch import Tensor
 from tests.parity.cases import Case
 from tests.parity.harmon_config import from_fixture
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.processor import (
-    IGNORE,
-    IMAGE_ID,
-    BranchSpec,
-    HarmonBatch,
-    Pictures,
-    Target,
-    assemble,
-)
+from unimrg.families.harmon.processor import IGNORE, IMAGE_ID, HarmonBatch, HarmonProcessor, HarmonTarget
+from unimrg.families.processor import Branch, Pictures
 from unimrg.sample import IMAGE_TASKS, Task
 
 
@@ -49,7 +42,7 @@ class Rows:
     """
 
     model: Harmon
-    branches: list[BranchSpec]
+    branches: list[Branch]
     conditions: list[Tensor]
     extras: list[Tensor]
 
@@ -78,18 +71,23 @@ class Rows:
         """One drawing branch a row, masked as the case says, every cell counted."""
         for row, source in enumerate(sources):
             masked = given["mask"][row].bool().numpy()
-            target = Target(task, source, masked, np.ones_like(masked), seed=0)
+            target = HarmonTarget(task, source, 0, masked, np.ones_like(masked))
             labels = torch.full_like(given["input_ids"][row], IGNORE)
             self._add(given, row, None if images is None else images[row], labels, target)
 
     def _add(
-        self, given: dict[str, Tensor], row: int, image: int | None, labels: Tensor, target: Target | None
+        self,
+        given: dict[str, Tensor],
+        row: int,
+        image: int | None,
+        labels: Tensor,
+        target: HarmonTarget | None,
     ) -> None:
         valid = given["attention_mask"][row].bool()
         ids, kept = given["input_ids"][row][valid].tolist(), labels[valid].tolist()
         cut = ids.index(IMAGE_ID) if image is not None else 0
         after = cut + 1 if image is not None else 0
-        self.branches.append(BranchSpec(tuple(ids[:cut]), image, ids[after:], kept[after:], target))
+        self.branches.append(Branch(tuple(ids[:cut]), image, ids[after:], kept[after:], target))
 
     def batch(self) -> tuple[HarmonBatch, Tensor]:
         """The packed batch and the latents that go with it."""
@@ -98,7 +96,9 @@ class Rows:
         latents = torch.cat([*self.conditions, *self.extras])
         conditions = sum(len(part) for part in self.conditions)
         pictures = Pictures([blank] * conditions, [blank] * (len(latents) - conditions))
-        return assemble(self.model.config, self.branches, pictures, len(self.branches), 0), latents
+        return HarmonProcessor(self.model.config, None).assemble(
+            self.branches, pictures, len(self.branches), 0
+        ), latents
 
 
 def draws_of(given: dict[str, Tensor], batch: HarmonBatch, cells: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def test_understanding_agrees(harmon_case: Load) -> None:
     with Watch(model) as watch:
         states = model.states(batch, latents)
     valid = case.outputs["llm_attention_mask"].bool()
-    loss = model._text_loss(states.hidden, batch)
+    loss = model.text_loss(states.hidden, model.llm.lm_head, batch)
     got = {
         "latents": latents.unflatten(1, model.grid),
         "z_enc": images_first(states.condition, model.config.mar.buffer_size),
@@ -152,7 +152,7 @@ def golden_losses(model: Harmon, case: Case) -> dict[str, Tensor]:
     batch, latents, given = four_tasks(case, model)
     states = model.states(batch, latents)
     rows = model.image_rows(states, batch, *packed_draws(model, batch, given))
-    losses = {"understanding": model._text_loss(states.hidden, batch).mean}
+    losses = {"understanding": model.text_loss(states.hidden, model.llm.lm_head, batch).mean}
     for name in TASKS[1:]:
         of_task = batch.row_task == IMAGE_TASKS.index(task_of(name))
         losses[name] = (rows.mse + rows.vb)[:, of_task].mean()

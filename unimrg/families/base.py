@@ -8,17 +8,20 @@ in forward hooks, so nothing may be computed outside it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from unimrg.errors import ConfigError
+from unimrg.families.rows import PackedBatch
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
-from unimrg.sample import Sample, Task
+from unimrg.sample import IMAGE_TASKS, Sample, Task
 
 
 class Processor(Protocol):
@@ -46,6 +49,12 @@ class DrawOptions:
 class Family(PreTrainedModel):
     """Base class of the model families."""
 
+    PARTS: tuple[str, ...] = ()
+    """Names that `freeze` accepts."""
+
+    LORA_TARGETS: tuple[str, ...] = ()
+    """Ends of the names of the linear layers that low-rank adapters are put on."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> dict[Task, TaskLoss]:
         """Unweighted losses of every task in a packed batch."""
@@ -67,8 +76,53 @@ class Family(PreTrainedModel):
         """Pictures uint8 [S, S, 3]: `images` redrawn, or their depth or segmentation."""
 
     @abstractmethod
+    def named_parts(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters and the part each belongs to; those of a part outside `PARTS` are never trained."""
+
+    @property
+    def drawing_parts(self) -> tuple[str, ...]:
+        """The parts that only drawing uses."""
+        return ()
+
     def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:
-        """Stop training the named parts, and whatever `tasks` don't use."""
+        """Stop training `parts` (of `PARTS`); without a drawing task also what only drawing uses.
+
+        Raises ConfigError for an unknown part.
+        """
+        unknown = sorted(set(parts) - set(self.PARTS))
+        if unknown:
+            known = ", ".join(self.PARTS)
+            raise ConfigError(f"family.freeze: no part named {unknown[0]!r}; parts are {known}")
+        frozen = set(parts)
+        if not set(tasks) & set(IMAGE_TASKS):
+            frozen |= set(self.drawing_parts)
+        for name, parameter in self.named_parts():
+            if name in frozen or name not in self.PARTS:
+                parameter.requires_grad_(False)
+
+    # -- what the losses of packed batches share -------------------------------------------------------------
+
+    def embed_packed(
+        self, tables: Sequence[torch.Tensor], embedding: torch.nn.Module, batch: PackedBatch
+    ) -> torch.Tensor:
+        """Embeddings [T, H] of all packed tokens, from the family's tables [n, H] and its text embedding."""
+        return torch.cat([*tables, embedding(batch.token_ids)]).index_select(0, batch.source_index)
+
+    def text_loss(self, hidden: torch.Tensor, head: torch.nn.Module, batch: PackedBatch) -> TaskLoss:
+        """Cross-entropy at the positions of `hidden` [T, H] that predict an answer token; no other logits."""
+        logits = head(hidden.index_select(0, batch.label_index)).float()
+        terms = cross_entropy(logits, batch.label_ids, reduction="none") * batch.label_weight
+        return TaskLoss(terms.sum(), batch.counts[Task.UNDERSTANDING])
+
+    def image_losses(
+        self, terms: torch.Tensor, task: torch.Tensor, weight: torch.Tensor, batch: PackedBatch
+    ) -> dict[Task, TaskLoss]:
+        """Terms [M] summed by task. task: int64 [M] index into IMAGE_TASKS; weight: [M], 0 or 1."""
+        terms = terms.float() * weight
+        sums = terms.new_zeros(len(IMAGE_TASKS)).index_add(0, task, terms)
+        return {name: TaskLoss(sums[number], batch.counts[name]) for number, name in enumerate(IMAGE_TASKS)}
+
+    # -- the optimiser ---------------------------------------------------------------------------------------
 
     NO_DECAY: tuple[str, ...] = ()
     """Words in the names of parameters that weight decay leaves alone."""

@@ -18,11 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Qwen2ForCausalLM
 
 from unimrg.attention import IMPLEMENTATION, NO_MASK
-from unimrg.errors import ConfigError
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.harmon import generate
 from unimrg.families.harmon.config import HarmonConfig
@@ -30,7 +28,7 @@ from unimrg.families.harmon.mar import MAR
 from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.vae import KLVAE
 from unimrg.losses import TaskLoss
-from unimrg.sample import IMAGE_TASKS, Task
+from unimrg.sample import Task
 
 
 class States(NamedTuple):
@@ -84,6 +82,7 @@ class Harmon(Family):
 
     NO_DECAY = ("diffloss",)
     PARTS = ("llm", "mar_encoder", "mar_decoder", "proj_in", "proj_out")
+    LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: HarmonConfig) -> None:
         super().__init__(config)
@@ -114,13 +113,11 @@ class Harmon(Family):
         states = self.states(batch, self.encode_pictures(torch.cat([batch.images, batch.extra_images])))
         losses = {}
         if len(batch.label_index):
-            losses[Task.UNDERSTANDING] = self._text_loss(states.hidden, batch)
+            losses[Task.UNDERSTANDING] = self.text_loss(states.hidden, self.llm.lm_head, batch)
         if batch.visible_lengths:
             rows = self.image_rows(states, batch, *self.draw_noise(batch))
-            per_cell = (rows.mse + rows.vb).float().sum(0) * batch.row_weight
-            sums = per_cell.new_zeros(len(IMAGE_TASKS)).index_add(0, batch.row_task, per_cell)
-            for number, task in enumerate(IMAGE_TASKS):
-                losses[task] = TaskLoss(sums[number], batch.counts[task])
+            per_cell = (rows.mse + rows.vb).float().sum(0)
+            losses |= self.image_losses(per_cell, batch.row_task, batch.row_weight, batch)
         return losses
 
     def states(self, batch: HarmonBatch, latents: Tensor) -> States:
@@ -130,15 +127,14 @@ class Harmon(Family):
         """
         condition = self.embed_pictures(latents[: len(batch.images)])
         encoded = None
-        parts = [condition.flatten(0, 1)]
+        tables = [condition.flatten(0, 1)]
         if batch.visible_lengths:
             target_cells = latents[batch.target_source].flatten(0, 1)
             visible = target_cells[self._visible_rows(batch)]
             lengths = list(batch.visible_lengths)
             encoded = self.mar.encode_ragged(visible, batch.visible_cells, lengths, self.grid)
-            parts.append(self.proj_in(encoded))
-        parts.append(self.llm.get_input_embeddings()(batch.token_ids))
-        embeds = torch.cat(parts).index_select(0, batch.source_index)
+            tables.append(self.proj_in(encoded))
+        embeds = self.embed_packed(tables, self.llm.get_input_embeddings(), batch)
         hidden = self.llm.model(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
@@ -153,12 +149,6 @@ class Harmon(Family):
         lengths = torch.tensor(batch.visible_lengths)
         first = torch.repeat_interleave(torch.arange(len(lengths)) * math.prod(self.grid), lengths)
         return batch.visible_cells + first.to(batch.visible_cells.device)
-
-    def _text_loss(self, hidden: Tensor, batch: HarmonBatch) -> TaskLoss:
-        """Cross-entropy at the positions that predict an answer token; no other logits are computed."""
-        logits = self.llm.lm_head(hidden.index_select(0, batch.label_index)).float()
-        terms = cross_entropy(logits, batch.label_ids, reduction="none") * batch.label_weight
-        return TaskLoss(terms.sum(), batch.counts[Task.UNDERSTANDING])
 
     def draw_noise(self, batch: HarmonBatch) -> tuple[Tensor, Tensor]:
         """Timesteps int64 [K, M] and noise [K, M, C]: a function of each target's seed alone."""
@@ -233,23 +223,11 @@ class Harmon(Family):
 
     # -- freezing --------------------------------------------------------------------------------------------
 
-    def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:
-        """Stop training `parts` (of `PARTS`); without a drawing task also what only drawing uses.
+    @property
+    def drawing_parts(self) -> tuple[str, ...]:
+        return ("mar_decoder", "proj_out")
 
-        Raises ConfigError for an unknown part.
-        """
-        unknown = set(parts) - set(self.PARTS)
-        if unknown:
-            parts_known = ", ".join(self.PARTS)
-            raise ConfigError(f"family.freeze: no part named {sorted(unknown)[0]!r}; parts are {parts_known}")
-        frozen = set(parts)
-        if not set(tasks) & set(IMAGE_TASKS):
-            frozen |= {"mar_decoder", "proj_out"}
-        for name, parameter in self._named_parts():
-            if name in frozen:
-                parameter.requires_grad_(False)
-
-    def _named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         decoder = ("decoder_", "mask_token", "diffusion_pos_embed", "diffloss")
         shared = ("fake_latent", "class_emb")
         for name, parameter in self.named_parameters():
