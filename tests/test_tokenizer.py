@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from unimrg.data.scenes.plan import draw_plan, draw_stakes
 from unimrg.errors import CheckpointError
 from unimrg.families.harmon.config import tiny
-from unimrg.families.harmon.tokenizer import (
+from unimrg.families.tokenizer import (
     SPECIAL_TOKENS,
     TINY_FOLDER,
     load_tokenizer,
@@ -33,7 +33,7 @@ def test_training_again_gives_the_asset(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in TINY_FOLDER.iterdir()}
     for path in tmp_path.iterdir():
         assert path.read_text() == (TINY_FOLDER / path.name).read_text(), (
-            "the texts changed: python -m unimrg.families.harmon.tokenizer"
+            "the texts changed: python -m unimrg.families.tokenizer"
         )
 
 

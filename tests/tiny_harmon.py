@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from unimrg.families.harmon.config import HarmonConfig, MARConfig, VAEConfig
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.tokenizer import train_tokenizer
+from unimrg.families.tokenizer import train_tokenizer
 from unimrg.sample import IMAGE_TASKS, Sample, Task, Turn
 from unimrg.tasks import PROMPTS, UNCONDITIONAL
 

@@ -11,6 +11,7 @@ from unimrg.errors import ConfigError
 from unimrg.families.harmon import checkpoint
 from unimrg.families.harmon.model import Harmon
 from unimrg.families.harmon.processor import HarmonProcessor
+from unimrg.families.tokenizer import SPECIAL_TOKENS, tokenizer_for
 from unimrg.sample import Task
 
 __all__ = ["Harmon", "HarmonProcessor", "build", "image_size", "processor", "save_published"]
@@ -32,8 +33,7 @@ def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
 
     Raises ConfigError or CheckpointError with one sentence.
     """
-    variant = "" if _is_folder(config.weights) else config.variant
-    tokenizer = checkpoint.tokenizer_for(config.tokenizer, config.weights, variant)
+    tokenizer = tokenizer_for(config, SPECIAL_TOKENS[1:], "Qwen2.5")
     dropout = None if config.dropout < 0 else config.dropout
     if _is_folder(config.weights):
         return checkpoint.from_folder(Path(config.weights), dropout), tokenizer

@@ -8,13 +8,12 @@ the `vae.` prefix and the tied `llm.lm_head.weight`, which may be in a file or n
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from unimrg.checkpoint import check_fits, load_strictly, read_state_dict
-from unimrg.errors import CheckpointError, ConfigError, first_line
+from unimrg.errors import CheckpointError, first_line
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
 
@@ -98,19 +97,3 @@ def save_published(model: Harmon, folder: Path) -> None:
             parts[file][name.removeprefix("vae.")] = tensor.contiguous()
     for file, state in parts.items():
         save_file(state, folder / file, metadata={"format": "pt"})
-
-
-def tokenizer_for(config_tokenizer: str, weights: str, variant: str) -> Any:
-    """The tokenizer named by the config, else beside the weights, else the tiny one."""
-    # Imported here, so that the module can also be run as a command of its own.
-    from unimrg.families.harmon.tokenizer import TINY_FOLDER, load_tokenizer
-
-    if config_tokenizer:
-        return load_tokenizer(config_tokenizer)
-    if weights and (Path(weights) / "tokenizer.json").is_file():
-        return load_tokenizer(weights)
-    if variant == "tiny":
-        return load_tokenizer(TINY_FOLDER)
-    raise ConfigError(
-        f"family.tokenizer is empty; {variant or weights} needs a folder with Qwen2.5's tokenizer.json"
-    )

@@ -1,6 +1,6 @@
 """Tokenizers: a published one from its folder, or the tiny byte-level one that comes with the package.
 
-    python -m unimrg.families.harmon.tokenizer      # trains the tiny one again, from the embedded data set
+    python -m unimrg.families.tokenizer      # trains the tiny one again, from the embedded data set
 
 Any text can be written in the tiny vocabulary (it falls back to bytes); answers of the `scenes` and most
 words of their questions are single tokens. Its special tokens are those of Qwen2.5.
@@ -9,11 +9,12 @@ words of their questions are single tokens. Its special tokens are those of Qwen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimrg.errors import CheckpointError, first_line
+from unimrg.config import FamilyConfig
+from unimrg.errors import CheckpointError, ConfigError, first_line
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # How often `tiny_texts` repeats: enough that every answer is one token and a prompt's word seldom three.
@@ -21,8 +22,11 @@ PROMPT_COUNT, ANSWER_COUNT = 40, 5
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny_tokenizer"
 
 
-def load_tokenizer(folder: str | Path = TINY_FOLDER) -> Any:
-    """A fast tokenizer from a folder with tokenizer.json. Raises CheckpointError if it can't be read."""
+def load_tokenizer(folder: str | Path = TINY_FOLDER, required: Sequence[str] = SPECIAL_TOKENS[1:]) -> Any:
+    """A fast tokenizer from a folder with tokenizer.json.
+
+    Raises CheckpointError if it can't be read or lacks one of the `required` special tokens.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -32,12 +36,36 @@ def load_tokenizer(folder: str | Path = TINY_FOLDER) -> Any:
             f"no tokenizer in {folder} ({first_line(error)}); "
             "give family.tokenizer a folder with tokenizer.json"
         ) from error
-    missing = [token for token in SPECIAL_TOKENS[1:] if token not in tokenizer.get_vocab()]
+    missing = [token for token in required if token not in tokenizer.get_vocab()]
     if missing:
         raise CheckpointError(
-            f"the tokenizer in {folder} lacks {', '.join(missing)}: it isn't a Qwen2.5 tokenizer"
+            f"the tokenizer in {folder} lacks {', '.join(missing)}: it belongs to another family of models"
         )
     return tokenizer
+
+
+def tiny_tokenizer(extra: Sequence[str] = ()) -> Any:
+    """The tokenizer that comes with the package, with `extra` special tokens behind its 512 ids."""
+    tokenizer = load_tokenizer(TINY_FOLDER)
+    tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL_TOKENS[1], *extra]})
+    return tokenizer
+
+
+def tokenizer_for(
+    config: FamilyConfig, required: Sequence[str], named: str, tiny_extra: Sequence[str] = ()
+) -> Any:
+    """The tokenizer that the config names, else the one beside the weights, else the tiny variant's.
+
+    named: whose tokenizer.json is meant, for the message. Raises ConfigError when there is none.
+    """
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer, required)
+    if config.weights and (Path(config.weights) / "tokenizer.json").is_file():
+        return load_tokenizer(config.weights, required)
+    if config.variant == "tiny" and not config.weights:
+        return tiny_tokenizer(tiny_extra)
+    wanting = config.weights or config.variant
+    raise ConfigError(f"family.tokenizer is empty; {wanting} needs a folder with {named}'s tokenizer.json")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Any:
