@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 REDACTED = "(redacted)"
 
-FAMILIES = {"harmon": "unimrg.families.harmon"}
+FAMILIES = {
+    "harmon": "unimrg.families.harmon",
+    "showo": "unimrg.families.showo",
+    "openuni": "unimrg.families.openuni",
+    "janus": "unimrg.families.janus",
+}
 """Name of each model family and the module that is imported when it is chosen."""
 
 

@@ -15,7 +15,7 @@ from unimrg.config import FAMILIES
 from unimrg.errors import CheckpointError
 
 # `model_type` in config.json -> family; not the family's name, which transformers may use for its own.
-MODEL_TYPES = {"harmon_unimrg": "harmon"}
+MODEL_TYPES = {f"{name}_unimrg": name for name in FAMILIES}
 
 
 def load_family(name: str) -> ModuleType:
