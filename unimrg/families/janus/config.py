@@ -12,14 +12,26 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, JanusConfig, JanusVisionConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
+# Special tokens of Janus-Pro's tokenizer; the bars and the spaces in the first three are no ASCII.
+BEGIN, END, PADDING = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+OPEN_IMAGE, CLOSE_IMAGE = "<begin_of_image>", "<end_of_image>"
+TOKENS = (BEGIN, END, PADDING, OPEN_IMAGE, CLOSE_IMAGE)
+"""What a tokenizer must have."""
+TINY_TOKENS = (*TOKENS, "<image_placeholder>", "<|User|>", "<|Assistant|>")
+"""What the tiny tokenizer gets behind its own ids."""
+
 
 class JanusFamilyConfig(PreTrainedConfig):
-    """transformers' configuration in `janus`, which may be a dictionary, as it stands in config.json."""
+    """transformers' configuration in `janus`, which may be a dictionary, as it stands in config.json.
+
+    open_image_id: id of `OPEN_IMAGE`, which exported weights are told for the library's own drawing.
+    """
 
     model_type = "janus_unimrg"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"janus": JanusConfig}
 
     janus: JanusConfig = None
+    open_image_id: int = 100016
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.janus = self.janus if isinstance(self.janus, JanusConfig) else JanusConfig(**(self.janus or {}))
@@ -84,17 +96,18 @@ def janus_pro_7b() -> JanusFamilyConfig:
     return _janus_pro(hidden_size=4096, num_hidden_layers=30, num_attention_heads=32, intermediate_size=11008)
 
 
-def tiny(vocab_size: int = 520) -> JanusFamilyConfig:
+def tiny(vocab_size: int = 512) -> JanusFamilyConfig:
     """Seconds per step on two CPU cores: 64-pixel pictures, seen as 8 x 8 tokens, drawn as 16 x 16 codes."""
     llm = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + len(TINY_TOKENS),
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=6,
         intermediate_size=512,
         max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
+        bos_token_id=vocab_size,
+        eos_token_id=vocab_size + 1,
+        pad_token_id=vocab_size + 2,
         tie_word_embeddings=True,
     )
     vision = JanusVisionConfig(
@@ -118,7 +131,11 @@ def tiny(vocab_size: int = 520) -> JanusFamilyConfig:
         projection_dim=192,
         image_token_embed_dim=192,
     )
-    return JanusFamilyConfig(janus=JanusConfig(text_config=llm, vision_config=vision, vq_config=vq))
+    ids = {token: vocab_size + number for number, token in enumerate(TINY_TOKENS)}
+    janus = JanusConfig(
+        text_config=llm, vision_config=vision, vq_config=vq, image_token_id=ids["<image_placeholder>"]
+    )
+    return JanusFamilyConfig(janus=janus, open_image_id=ids[OPEN_IMAGE])
 
 
 # So that tokenizers beside a model load without a warning about an unknown kind of model.

@@ -1,0 +1,201 @@
+"""Janus-Pro from fresh or published weights, and back.
+
+Two published layouts, told apart by their names: transformers' (the names of our `janus.` part), and the
+original one (`vision_model.`, `gen_vision_model.`, `language_model.` …), where the projections of SigLIP's
+attention are one matrix. Of the original, what no one uses is left away: the pooling head of SigLIP and the
+codes' usage counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import JanusConfig
+
+from unimrg.config import FamilyConfig, require_choice
+from unimrg.errors import CheckpointError, first_line
+from unimrg.families.janus.config import VARIANTS, JanusFamilyConfig
+from unimrg.families.janus.model import Janus
+from unimrg.weights import check_fits, load_strictly, read_state_dict
+
+TINY_VQ = Path(__file__).parent / "assets" / "tiny_vq.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
+ORIGINAL = "original"
+"""Subfolder of an export that holds the original layout."""
+
+Pairs = tuple[tuple[str, str], ...]
+Rule = tuple[str, str, Pairs]
+
+VISION: Pairs = (
+    ("layer_norm1.", "norm1."),
+    ("layer_norm2.", "norm2."),
+    (".self_attn.projection_layer.", ".attn.proj."),
+    (".self_attn.", ".attn."),
+)
+CODES: Pairs = (
+    ("encoder.down.", "encoder.conv_blocks."),
+    ("decoder.up.", "decoder.conv_blocks."),
+    (".block.", ".res."),
+    ("mid.block_1.", "mid.0."),
+    ("mid.attn_1.", "mid.1."),
+    ("mid.block_2.", "mid.2."),
+)
+RENAMED: tuple[Rule, ...] = (
+    ("lm_head.", "language_model.lm_head.", ()),
+    ("model.language_model.", "language_model.model.", ()),
+    (POSITIONS, "vision_model.vision_tower.pos_embed", ()),
+    ("model.vision_model.embeddings.patch_embedding.", "vision_model.vision_tower.patch_embed.proj.", ()),
+    ("model.vision_model.post_layernorm.", "vision_model.vision_tower.norm.", ()),
+    ("model.vision_model.encoder.layers.", "vision_model.vision_tower.blocks.", VISION),
+    ("model.aligner.fc1.", "aligner.layers.0.", ()),
+    ("model.aligner.hidden_layers.0.", "aligner.layers.2.", ()),
+    ("model.vqmodel.", "gen_vision_model.", CODES),
+    ("model.generation_embeddings.", "gen_embed.", ()),
+    ("model.generation_aligner.fc1.", "gen_aligner.layers.0.", ()),
+    ("model.generation_aligner.hidden_layers.0.", "gen_aligner.layers.2.", ()),
+    ("model.generation_head.proj_out.", "gen_head.output_mlp_projector.", ()),
+    ("model.generation_head.vision_head.", "gen_head.vision_head.", ()),
+)
+"""transformers' beginning of a name, the original's, and what differs behind it."""
+RENAMED_BACK = tuple((b, a, tuple((new, old) for old, new in inner)) for a, b, inner in RENAMED)
+UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.codebook_used")
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def sizes(config: FamilyConfig) -> JanusFamilyConfig:
+    """The model's numbers: of the folder of weights if it describes them, else of the variant.
+
+    Raises ConfigError for an unknown variant.
+    """
+    kind = described(config.weights)
+    if kind == JanusFamilyConfig.model_type:
+        return JanusFamilyConfig.from_pretrained(config.weights)
+    if kind == JanusConfig.model_type:
+        return JanusFamilyConfig(janus=JanusConfig.from_pretrained(config.weights))
+    require_choice("family.variant", config.variant, VARIANTS)
+    return VARIANTS[config.variant]()
+
+
+def described(weights: str) -> str:
+    """`model_type` in config.json of a folder of weights; "" without one."""
+    path = Path(weights) / "config.json"
+    if not weights or not path.is_file():
+        return ""
+    try:
+        return str(json.loads(path.read_text("utf-8")).get("model_type", ""))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({first_line(error)}); fetch it again") from error
+
+
+def fresh(config: JanusFamilyConfig, seed: int, tiny: bool) -> Janus:
+    """New weights from a seed; the tiny size has a trained picture tokenizer of its own."""
+    torch.manual_seed(seed)
+    model = Janus(config)
+    if tiny:
+        load_strictly(model.janus.model.vqmodel, read_state_dict(TINY_VQ), str(TINY_VQ))
+    return model
+
+
+def from_folder(folder: Path) -> Janus:
+    """A folder of `save_pretrained`, every key accounted for.
+
+    Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
+    """
+    try:
+        model, info = Janus.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
+        raise CheckpointError(
+            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
+        ) from error
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
+    if wrong:
+        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
+    return model
+
+
+def from_published(config: JanusFamilyConfig, weights: Path) -> Janus:
+    """Published weights of either layout. Raises CheckpointError unless every key is accounted for."""
+    state = read_state_dict(weights)
+    if any(name.startswith("gen_vision_model.") for name in state):
+        state = from_original(state)
+    # The library's default says tied, also for files that have a head of their own.
+    config.janus.tie_word_embeddings = HEAD not in state
+    if HEAD not in state and EMBEDDING in state:
+        state[HEAD] = state[EMBEDDING]
+    with torch.device("meta"):
+        expected = Janus(config)
+    # Before minutes are spent on drawing weights for the wrong variant.
+    check_fits(expected.janus, state, str(weights))
+    model = Janus(config)
+    load_strictly(model.janus, state, str(weights))
+    return model
+
+
+# -- exporting -----------------------------------------------------------------------------------------------
+
+
+def save_published(model: Janus, folder: Path) -> None:
+    """Write transformers' layout into `folder`, and the original one below it into `ORIGINAL`.
+
+    The first is loaded by `JanusForConditionalGeneration.from_pretrained`. The original package takes the
+    second with the config.json of the published folder; it lacks SigLIP's pooling head, which nothing uses.
+    """
+    settings = model.janus.generation_config
+    settings.generation_kwargs = {"boi_token_id": model.config.open_image_id}
+    settings.pad_token_id = model.config.janus.text_config.pad_token_id
+    model.janus.save_pretrained(folder)
+    (folder / ORIGINAL).mkdir(exist_ok=True)
+    state = to_original(model.janus.state_dict())
+    save_file(state, folder / ORIGINAL / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original layout in transformers' names; unknown names stay as they are."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith(UNUSED):
+            continue
+        own = _rename(name, RENAMED_BACK)
+        if ".qkv." in own:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                out[own.replace(".qkv.", f".{letter}_proj.")] = part
+        else:
+            out[own] = tensor.squeeze(0) if own == POSITIONS else tensor
+    return out
+
+
+def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names in the original layout; every tensor has memory of its own."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        theirs = _rename(name, RENAMED)
+        if ".attn.q_proj." in theirs:
+            parts = [state[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            out[theirs.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.k_proj." not in theirs and ".attn.v_proj." not in theirs:
+            out[theirs] = (tensor.unsqueeze(0) if name == POSITIONS else tensor).clone()
+    return out
+
+
+def _rename(name: str, rules: Iterable[Rule]) -> str:
+    for before, after, inner in rules:
+        if name.startswith(before):
+            rest = name.removeprefix(before)
+            for old, new in inner:
+                rest = rest.replace(old, new)
+            return after + rest
+    return name
