@@ -23,12 +23,14 @@ import torch
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
+from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
 from unimrg.checkpoint import Progress, load_training, save_training
 from unimrg.config import EngineConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
 from unimrg.errors import DataError
+from unimrg.families.base import Processor
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts
 from unimrg.packing import Batch
@@ -67,7 +69,7 @@ def samples(step: int) -> list[Sample]:
     return [random_sample(rng, SIDE, step * BATCH + n, **shape) for n, shape in enumerate(shapes)]
 
 
-def batches(processor: HarmonProcessor, first: int, last: int, accumulation: int) -> Iterator[list[Batch]]:
+def batches(processor: Processor, first: int, last: int, accumulation: int) -> Iterator[list[Batch]]:
     """This rank's micro-batches of the steps `first`..`last`-1: a run of neighbours in the global batch."""
     rank, ranks = world()
     size = BATCH // (ranks * accumulation)
@@ -105,6 +107,18 @@ def make(
     return make_engine(model, train, engine_config(name, precision), CPU), processor
 
 
+def make_with_dropout(name: str) -> tuple[Engine, Processor]:
+    return make(name, train_config(6), dropout=0.3)
+
+
+def make_any(name: str, train: TrainConfig, family: str) -> tuple[Engine, Processor]:
+    """An engine around the micro model of any family, and its processor."""
+    model = families.fresh_model(family)
+    model.freeze([], WEIGHTS.active())
+    model.train()
+    return make_engine(model, train, engine_config(name), CPU), families.processor(family)
+
+
 # -- what plans are made of ----------------------------------------------------------------------------------
 
 
@@ -131,6 +145,14 @@ def train(
     }
 
 
+def train_any(engine: str, family: str, steps: int = 3) -> dict[str, Any]:
+    """A few steps of any family: what every step reported, and the weights after them."""
+    made, processor = make_any(engine, train_config(steps), family)
+    seen: list[StepOutput] = []
+    fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)
+    return {"steps": [plain(output) for output in seen], "weights": made.weights()}
+
+
 def decay(engine: str) -> dict[str, Any]:
     """One step in which every gradient is zero: weight decay alone."""
     made, processor = make(engine, train_config(1, learning_rate=0.1, weight_decay=0.5))
@@ -146,11 +168,16 @@ def clipped(engine: str) -> dict[str, Any]:
     return {"weights": made.weights()}
 
 
-def interrupted(engine: str, folder: str, stop_at: int = 0, resume: bool = False) -> dict[str, Any]:
-    """Six steps with dropout: undisturbed, up to `stop_at` and saved, or resumed from what was saved."""
+def interrupted(
+    engine: str, folder: str, stop_at: int = 0, resume: bool = False, family: str = ""
+) -> dict[str, Any]:
+    """Six steps, undisturbed, up to `stop_at` and saved, or resumed from what was saved.
+
+    Of Harmon with dropout, unless a family is named.
+    """
     rank, ranks = world()
     torch.manual_seed(rank)
-    made, processor = make(engine, train_config(6), dropout=0.3)
+    made, processor = make_any(engine, train_config(6), family) if family else make_with_dropout(engine)
     position = load_training(Path(folder), made).position if resume else 0
     seen: list[StepOutput] = []
 
@@ -179,6 +206,15 @@ def refused(engine: str, folder: str) -> dict[str, Any]:
     except Exception as error:
         return {"kind": type(error).__name__, "message": str(error)}
     return {"kind": "", "message": ""}
+
+
+def leave_zero(engine: str, folder: str, precision: str) -> dict[str, Any]:
+    """One step, then a checkpoint as DeepSpeed's own scripts write it; returns the weights."""
+    made, processor = make(engine, train_config(1), precision=precision)
+    assert isinstance(made, DeepSpeedEngine)
+    fit(made, batches(processor, 0, 1, 1), WEIGHTS.by_task(), 1)
+    made._engine.save_checkpoint(folder)
+    return {"weights": made.weights()}
 
 
 def talk() -> dict[str, Any]:

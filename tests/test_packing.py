@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -12,38 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
-from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
+from tests.families import NAMES, SIDE, processor, shared_model
+from tests.tiny_harmon import micro, random_sample, tokenizer
+from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.families.processor import Branch, Pictures
+from unimrg.families.rows import PackedBatch
 from unimrg.losses import combine
 from unimrg.sample import IMAGE_TASKS, Sample, Task
 
 TOLERANCE = 1e-5  # relative to each tensor's largest magnitude, float32
 WEIGHTS = {Task.UNDERSTANDING: 1.0, Task.PIXEL: 0.7, Task.DEPTH: 1.3, Task.SEGMENTATION: 0.4}
-SIDE = 16
 
 
-@lru_cache
-def model() -> Harmon:
-    return random_model(micro())
-
-
-def processor(tasks: tuple[Task, ...] = tuple(Task), published: bool = False) -> HarmonProcessor:
-    return HarmonProcessor(micro(), tokenizer(), tasks, seed=3, published=published)
-
-
-def gradients(batches: list[HarmonBatch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gradients(name: str, batches: list[PackedBatch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Loss sums by task and gradients by parameter, accumulated over the batches as one global batch."""
     counts = {task: sum(batch.counts[task] for batch in batches) for task in Task}
     sums = {task.value: torch.zeros(()) for task in Task}
-    model().zero_grad()
+    shared_model(name).zero_grad()
     for batch in batches:
-        losses = model()(batch)
+        losses = shared_model(name)(batch)
         combine(losses, WEIGHTS, counts).backward()
         for task, loss in losses.items():
             sums[task.value] = sums[task.value] + loss.sum.detach()
-    return sums, {name: p.grad for name, p in model().named_parameters() if p.grad is not None}
+    return sums, {name: p.grad for name, p in shared_model(name).named_parameters() if p.grad is not None}
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -55,12 +45,15 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error <= TOLERANCE * largest + 1e-12, f"{name}: {error:.1e} of {largest:.1e}"
 
 
-def one_by_one(branches: list[Branch], pictures: Pictures) -> list[HarmonBatch]:
-    """Every branch as a batch of its own, with its own copy of the prefix."""
-    return [alone(branch, pictures) for branch in branches]
+def branches_of(name: str, samples: list[Sample]) -> tuple[list[Branch], Pictures]:
+    pictures, branches = Pictures(), []
+    for sample in samples:
+        branches += processor(name).branches(sample, pictures, {"truncated": 0})
+    return branches, pictures
 
 
-def alone(branch: Branch, pictures: Pictures) -> HarmonBatch:
+def alone(name: str, branch: Branch, pictures: Pictures) -> PackedBatch:
+    """A branch as a batch of its own, with its own copy of the prefix."""
     own = Pictures()
     if branch.image is not None:
         own.images.append(pictures.images[branch.image])
@@ -70,7 +63,7 @@ def alone(branch: Branch, pictures: Pictures) -> HarmonBatch:
     elif branch.target is not None:
         own.extra.append(pictures.extra[-branch.target.source - 1])
         branch = replace(branch, target=replace(branch.target, source=-1))
-    return processor().assemble([branch], own, samples=1, next_position=0)
+    return processor(name).assemble([branch], own, samples=1, next_position=0)
 
 
 @st.composite
@@ -97,54 +90,60 @@ def sample_lists(draw: st.DrawFn) -> list[Sample]:
     return samples
 
 
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(sample_lists())
-def test_packed_is_separate(samples: list[Sample]) -> None:
-    pictures, branches = Pictures(), []
-    for sample in samples:
-        branches += processor().branches(sample, pictures, {"truncated": 0})
+@given(samples=sample_lists())
+def test_packed_is_separate(name: str, samples: list[Sample]) -> None:
+    branches, pictures = branches_of(name, samples)
     if not branches:
         return
-    packed = processor().assemble(branches, pictures, samples=len(samples), next_position=0)
-    for got, want in zip(gradients([packed]), gradients(one_by_one(branches, pictures)), strict=True):
+    packed = processor(name).assemble(branches, pictures, samples=len(samples), next_position=0)
+    singles = [alone(name, branch, pictures) for branch in branches]
+    for got, want in zip(gradients(name, [packed]), gradients(name, singles), strict=True):
         assert_same(got, want)
 
 
-def test_packed_is_separate_with_everything_in_it() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_is_separate_with_everything_in_it(name: str) -> None:
     """The same with many conversations and all tasks, where most tokens are shared; no parameter is idle."""
     rng = np.random.default_rng(0)
     samples = [random_sample(rng, SIDE, position, conversations=3, turns=2) for position in range(3)]
-    pictures, branches = Pictures(), []
-    for sample in samples:
-        branches += processor().branches(sample, pictures, {"truncated": 0})
-    packed = processor().assemble(branches, pictures, samples=len(samples), next_position=0)
-    sums, grads = gradients([packed])
-    singles = one_by_one(branches, pictures)
-    assert len(singles) == 18 and packed.tokens < 0.75 * sum(batch.tokens for batch in singles)
-    assert grads.keys() == {name for name, p in model().named_parameters() if p.requires_grad}
+    branches, pictures = branches_of(name, samples)
+    packed = processor(name).assemble(branches, pictures, samples=len(samples), next_position=0)
+    sums, grads = gradients(name, [packed])
+    singles = [alone(name, branch, pictures) for branch in branches]
+    assert len(singles) == 18 and packed.tokens < 0.9 * sum(batch.tokens for batch in singles)
+    assert grads.keys() == {key for key, p in shared_model(name).named_parameters() if p.requires_grad}
     assert all(float(g.abs().max()) > 0 for g in grads.values())
-    for got, want in zip((sums, grads), gradients(singles), strict=True):
+    for got, want in zip((sums, grads), gradients(name, singles), strict=True):
         assert_same(got, want)
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_a_sample_does_not_depend_on_its_neighbours(published: bool) -> None:
+NEIGHBOURS = (
+    {"position": 4, "conversations": 2, "valid": (0, 3, 16, 13)},
+    {"position": 9, "conversations": 1, "picture": False},
+    {"position": 5, "conversations": 1, "turns": 3, "tasks": (Task.PIXEL, Task.DEPTH)},
+    {"position": 2, "conversations": 0},
+)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "harmon, published"])
+def test_a_sample_does_not_depend_on_its_neighbours(name: str) -> None:
     """The losses and gradients of a batch are those of its samples, each processed alone."""
     rng = np.random.default_rng(1)
-    samples = [
-        random_sample(rng, SIDE, 4, conversations=2, valid=(0, 3, 16, 13)),
-        random_sample(rng, SIDE, 9, conversations=1, picture=False),
-        random_sample(rng, SIDE, 5, conversations=1, turns=3, tasks=(Task.PIXEL, Task.DEPTH)),
-        random_sample(rng, SIDE, 2, conversations=0),
-    ]
-    process = processor(published=published)
+    samples = [random_sample(rng, SIDE, **sample) for sample in NEIGHBOURS]
+    name, _, published = name.partition(", ")
+    process = processor(name)
+    if published:
+        process = HarmonProcessor(micro(), tokenizer(), seed=3, published=True)
     together, apart = [process(samples[::-1])], [process([sample]) for sample in samples]
-    for got, want in zip(gradients(together), gradients(apart), strict=True):
+    for got, want in zip(gradients(name, together), gradients(name, apart), strict=True):
         assert_same(got, want)
 
 
 @pytest.mark.parametrize("what", ["text only", "no conversation", "no drawing", "nothing"])
-def test_filler_weighs_nothing(what: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_filler_weighs_nothing(name: str, what: str) -> None:
     """Every module runs, whatever the batch lacks; losses and gradients are those of the real branches."""
     rng = np.random.default_rng(2)
     sample = {
@@ -153,15 +152,14 @@ def test_filler_weighs_nothing(what: str) -> None:
         "no drawing": random_sample(rng, SIDE, tasks=()),
         "nothing": random_sample(rng, SIDE, conversations=0, picture=False),
     }[what]
-    filled = processor()([sample])
-    pictures = Pictures()
-    branches = processor().branches(sample, pictures, {"truncated": 0})
-    sums, grads = gradients([filled])
-    assert grads.keys() == {name for name, p in model().named_parameters() if p.requires_grad}
+    filled = processor(name)([sample])
+    branches, pictures = branches_of(name, [sample])
+    sums, grads = gradients(name, [filled])
+    assert grads.keys() == {key for key, p in shared_model(name).named_parameters() if p.requires_grad}
     if branches:
-        bare = processor().assemble(branches, pictures, samples=1, next_position=0)
+        bare = processor(name).assemble(branches, pictures, samples=1, next_position=0)
         assert bare.counts == filled.counts
-        for got, want in zip((sums, grads), gradients([bare]), strict=True):
+        for got, want in zip((sums, grads), gradients(name, [bare]), strict=True):
             assert_same(got, want)
     else:
         assert not any(filled.counts.values())
@@ -169,7 +167,7 @@ def test_filler_weighs_nothing(what: str) -> None:
 
 
 def test_moving_a_batch_moves_its_tensors_only() -> None:
-    batch = processor()([random_sample(np.random.default_rng(0), SIDE)])
+    batch = processor("harmon")([random_sample(np.random.default_rng(0), SIDE)])
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.source_index, batch.source_index)
     assert moved.plan is batch.plan and moved.counts == batch.counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from transformers import Qwen2Config
 
 from unimrg.families.harmon.config import HarmonConfig, MARConfig, VAEConfig
+from unimrg.families.harmon.generate import _embed
 from unimrg.families.harmon.model import Harmon
+from unimrg.families.harmon.processor import CLOSE, END, IMAGE_ID, OPEN, HarmonProcessor
 from unimrg.families.tokenizer import train_tokenizer
 from unimrg.sample import IMAGE_TASKS, Sample, Task, Turn
 from unimrg.tasks import PROMPTS, UNCONDITIONAL
@@ -127,3 +130,27 @@ def random_sample(
         targets={task: target for task, target in targets.items() if target is not None},
         valid=valid or (0, 0, side, side),
     )
+
+
+def make_processor(config: HarmonConfig, tasks: Sequence[Task], seed: int) -> HarmonProcessor:
+    return HarmonProcessor(config, tokenizer(), tasks, seed)
+
+
+@torch.no_grad()
+def greedy(
+    model: Harmon, processor: HarmonProcessor, image: np.ndarray | None, question: str, steps: int
+) -> str:
+    """The whole sequence again for every token; no cache, no padding, no batch."""
+    encode = processor.encode
+    if image is None:
+        ids = encode(OPEN + question + CLOSE)
+    else:
+        ids = [*processor.open_ids, IMAGE_ID, *encode("\n" + question + CLOSE)]
+    embeds, answer = _embed(model, ids, image), []
+    for _ in range(steps):
+        chosen = int(model.llm(inputs_embeds=embeds[None], use_cache=False).logits[0, -1].argmax())
+        if chosen == encode(END)[0]:
+            break
+        answer.append(chosen)
+        embeds = torch.cat([embeds, model.llm.get_input_embeddings()(torch.tensor([chosen]))])
+    return str(processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()

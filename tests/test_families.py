@@ -1,0 +1,104 @@
+"""Every family learns as it did when its numbers were checked, on any number of workers, and after a stop.
+
+The golden numbers (`python -m tests.golden.make_families`) are those of the micro models whose code agrees
+with the published implementations (tests/parity): a change of any of them is a change of the training.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine_runs import BATCH, Group
+from tests.families import NAMES, fresh_model
+from tests.golden.make_families import CURVE, FOLDER, curve, first_step
+
+OTHERS = tuple(name for name in NAMES if name != "harmon")  # Harmon's are in test_engine.py and test_loop.py
+
+
+@lru_cache
+def golden(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return loaded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_step(name: str) -> None:
+    """Losses, the norm of every gradient, and every parameter's length after one step of AdamW."""
+    got, want = first_step(name), golden(name)["first_step"]
+    assert got["losses"] == pytest.approx(want["losses"], rel=1e-5)
+    for key in ("gradient_norms", "parameters"):
+        assert got[key].keys() == want[key].keys()
+        wrong = {
+            part: (got[key][part], value)
+            for part, value in want[key].items()
+            if abs(got[key][part] - value) > 1e-4 * abs(value) + 1e-6
+        }
+        assert not wrong, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_curve(name: str) -> None:
+    got, want = curve(name), golden(name)["curve"]
+    assert len(want) == CURVE
+    for step, (mine, reference) in enumerate(zip(got, want, strict=True)):
+        assert mine == pytest.approx(reference, rel=1e-3), f"step {step}"
+    assert want[-1]["total"] < want[0]["total"]
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
+    folder = tmp_path_factory.mktemp("families")
+
+    def kept(name: str, **rest: Any) -> tuple[str, dict[str, Any]]:
+        return "interrupted", {"engine": "zero2", "family": name, "folder": str(folder / name), **rest}
+
+    alone: dict[str, Any] = {name: ("train_any", {"engine": "torch", "family": name}) for name in OTHERS}
+    two: dict[str, Any] = {name: ("train_any", {"engine": "zero2", "family": name}) for name in OTHERS}
+    two |= {f"{name}-zero3": ("train_any", {"engine": "zero3", "family": name}) for name in OTHERS}
+    two |= {f"{name}-whole": kept(name) for name in OTHERS}
+    two |= {f"{name}-half": kept(name, stop_at=3) for name in OTHERS}
+    started = [Group(folder / "alone", 1, alone), Group(folder / "two", 2, two)]
+    done = {"alone": started[0].wait(), "two": started[1].wait()}
+    rest = {name: kept(name, resume=True) for name in OTHERS}
+    return done | {"rest": Group(folder / "rest", 2, rest).wait()}
+
+
+@pytest.mark.parametrize("engine", ["", "-zero3"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_sharded_workers_are_one(groups: dict[str, Group], name: str, engine: str) -> None:
+    want, got = groups["alone"].result(name), groups["two"].result(name + engine)
+    for mine, reference in zip(got["steps"], want["steps"], strict=True):
+        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+    assert got["weights"].keys() == want["weights"].keys()
+    for key, tensor in want["weights"].items():
+        error = (got["weights"][key] - tensor).abs().max().item()
+        assert error <= 1e-6 + 1e-5 * tensor.abs().max().item(), f"{key} is off by {error}"
+    before = fresh_model(name).state_dict()
+    trained = {key for key, p in fresh_model(name).named_parameters() if p.requires_grad}
+    moved = {key for key, tensor in want["weights"].items() if not torch.equal(tensor, before[key])}
+    assert moved == trained
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(groups: dict[str, Group], name: str) -> None:
+    whole, half = groups["two"].result(f"{name}-whole"), groups["two"].result(f"{name}-half")
+    rest = groups["rest"].result(name)
+    assert rest["position"] == 3 * BATCH
+    for resumed, undisturbed in zip(half["steps"] + rest["steps"], whole["steps"], strict=True):
+        for key in ("step", "losses", "total", "grad_norm", "position"):
+            assert resumed[key] == undisturbed[key], (resumed["step"], key)
+    assert all(torch.equal(rest["weights"][key], tensor) for key, tensor in whole["weights"].items())
+
+
+def test_no_family_is_without_golden_numbers() -> None:
+    assert {path.stem for path in Path(FOLDER).glob("*.json")} == set(NAMES)
