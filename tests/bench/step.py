@@ -1,6 +1,6 @@
 """How long a training step takes, packed and in separate passes: prints one JSON line.
 
-    python -m tests.bench.step --threads 1
+    python -m tests.bench.step --family showo --threads 1
 
 `packed` is one forward and backward pass over every task of every sample. `separate` does the same work as
 one pass a task, each with its own prefix (six conversations about one picture still share it);
@@ -20,23 +20,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
-from tests.tiny_harmon import random_sample, tokenizer
-from unimrg.families.harmon.config import VARIANTS
-from unimrg.families.harmon.model import Harmon
-from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
+from tests.tiny_harmon import random_sample
+from unimrg.config import FAMILIES, FamilyConfig, TrainConfig
+from unimrg.families import load_family
+from unimrg.families.base import Family
 from unimrg.losses import combine
+from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample, Task
 
+Ways = dict[str, list[Batch]]
 
-def passes(model: Harmon, samples: Sequence[Sample]) -> dict[str, list[HarmonBatch]]:
+
+def build(name: str, variant: str) -> tuple[Family, Any, int]:
+    """Fresh weights of that size, the tiny tokenizer, and the side of the picture."""
+    module, config = load_family(name), FamilyConfig(name=name)
+    model, tokenizer = module.build(config, seed=0)
+    if variant == "tiny":
+        return model, tokenizer, module.image_size(config)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        config = FamilyConfig(name=name, variant=variant, tokenizer=folder)
+        return *module.build(config, seed=0), module.image_size(config)
+
+
+def passes(name: str, model: Family, tokenizer: Any, samples: Sequence[Sample]) -> Ways:
     """The batches of each way to do the step."""
 
-    def batch(given: Sequence[Sample], *tasks: Task) -> HarmonBatch:
-        return HarmonProcessor(model.config, tokenizer(), tasks)(given).to(model.device)
+    def batch(given: Sequence[Sample], *tasks: Task) -> Batch:
+        made: Batch = load_family(name).processor(model, tokenizer, TrainConfig(), tasks, 0)(given)
+        return made.to(model.device)
 
     rows = [replace(s, conversations=(c,)) for s in samples for c in s.conversations]
     drawings = [batch(samples, task) for task in IMAGE_TASKS]
@@ -47,7 +66,7 @@ def passes(model: Harmon, samples: Sequence[Sample]) -> dict[str, list[HarmonBat
     }
 
 
-def step(model: Harmon, batches: Sequence[HarmonBatch]) -> tuple[float, float]:
+def step(model: Family, batches: Sequence[Batch]) -> tuple[float, float]:
     """Seconds of forward and backward over all batches: on the clock, and of CPU time."""
     counts = {task: sum(b.counts[task] for b in batches) for task in Task}
     model.zero_grad()
@@ -66,17 +85,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def measure(model: Harmon, samples: Sequence[Sample], repetitions: int) -> dict[str, object]:
-    ways = passes(model, samples)
+def measure(model: Family, ways: Ways, repetitions: int) -> dict[str, object]:
     for batches in ways.values():  # warms up
         step(model, batches)
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(repetitions):
         for way, batches in ways.items():
             taken[way].append(step(model, batches))
-    start = time.perf_counter()
-    HarmonProcessor(model.config, tokenizer())(samples)
-    packing = time.perf_counter() - start
 
     def median(clock: int, way: str) -> float:
         return round(statistics.median(times[clock] for times in taken[way]), 4)
@@ -92,13 +107,13 @@ def measure(model: Harmon, samples: Sequence[Sample], repetitions: int) -> dict[
         "ratio": {way: ratio(0, way) for way in others},
         "cpu_ratio": {way: ratio(1, way) for way in others},
         "tokens": {way: sum(b.tokens for b in batches) for way, batches in ways.items()},
-        "packing_seconds": round(packing, 4),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--variant", default="tiny", choices=VARIANTS)
+    parser.add_argument("--family", default="harmon", choices=FAMILIES)
+    parser.add_argument("--variant", default="tiny", help="size of the family (configs/family/)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--conversations", type=int, default=6, help="of one short turn, about each picture")
     parser.add_argument("--threads", type=int, default=1)
@@ -106,16 +121,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    config, rng = VARIANTS[options.variant](), np.random.default_rng(0)
-    model = Harmon(config).to(options.device).train()
+    disable_progress_bar()
+    rng = np.random.default_rng(0)
+    model, tokenizer, side = build(options.family, options.variant)
+    model.to(options.device).train()
     samples = [
-        random_sample(rng, config.image_size, position, options.conversations)
-        for position in range(options.batch_size)
+        random_sample(rng, side, position, options.conversations) for position in range(options.batch_size)
     ]
+    ways = passes(options.family, model, tokenizer, samples)
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else cpu_name()
     about = {"torch": torch.__version__, "device": device, "date": date.today().isoformat()}
-    print(json.dumps(vars(options) | measure(model, samples, options.repetitions) | about))
+    print(json.dumps(vars(options) | measure(model, ways, options.repetitions) | about))
 
 
 if __name__ == "__main__":
