@@ -1,1 +1,68 @@
-"""OpenUni (arXiv 2505.23661): InternVL3 asks SANA for pictures through learnable queries."""
+"""OpenUni (arXiv 2505.23661): InternVL3 asks SANA for pictures through learnable queries.
+
+Needs diffusers: pip install 'unimrg[openuni]'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unimrg.config import FamilyConfig, TrainConfig
+from unimrg.errors import ConfigError
+from unimrg.families.openuni import checkpoint
+from unimrg.families.openuni.config import TOKENS
+from unimrg.families.openuni.model import OpenUni
+from unimrg.families.openuni.processor import OpenUniProcessor
+from unimrg.families.tokenizer import SPECIAL_TOKENS, tokenizer_for
+from unimrg.sample import Task
+
+__all__ = ["OpenUni", "OpenUniProcessor", "build", "image_size", "processor", "save_published"]
+
+save_published = checkpoint.save_published
+
+
+def image_size(config: FamilyConfig) -> int:
+    """Side of the training picture in pixels, without building the model."""
+    return checkpoint.sizes(config).image_size
+
+
+def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
+    """The model and its tokenizer, from fresh weights, a folder, or published files (local paths).
+
+    With InternVL3, SANA and DC-AE but no `weights`, queries, connector and projector are fresh.
+    Raises ConfigError, CheckpointError or MissingExtraError with one sentence.
+    """
+    if config.dropout > 0:
+        raise ConfigError(f"family.dropout={config.dropout}: OpenUni has no dropout; leave it at -1")
+    sizes = checkpoint.sizes(config)
+    tokenizer = tokenizer_for(_with_tokenizer(config), (*SPECIAL_TOKENS[1:], *TOKENS), "InternVL3", TOKENS)
+    if checkpoint.is_ours(config.weights):
+        return checkpoint.from_folder(Path(config.weights)), tokenizer
+    if config.weights or config.language_weights or config.diffusion_weights or config.vae_weights:
+        return checkpoint.from_published(sizes, config, seed), tokenizer
+    return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
+
+
+def processor(
+    model: OpenUni, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+) -> OpenUniProcessor:
+    """The processor for `tasks` with the training's text settings."""
+    return OpenUniProcessor(
+        model.config,
+        tokenizer,
+        tasks,
+        seed,
+        max_text_tokens=train.max_text_tokens,
+        prompt_dropout=train.prompt_dropout,
+    )
+
+
+def _with_tokenizer(config: FamilyConfig) -> FamilyConfig:
+    """InternVL3's folder also holds the tokenizer."""
+    beside = (
+        bool(config.language_weights) and (Path(config.language_weights) / "tokenizer_config.json").is_file()
+    )
+    return replace(config, tokenizer=config.language_weights) if beside and not config.tokenizer else config

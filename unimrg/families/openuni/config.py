@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig, PreTrainedConfig, Qwen2Config
 
+TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>")
+"""Special tokens of InternVL3's tokenizer beside Qwen2.5's; the last one marks a picture's embeddings."""
+
 
 @dataclass
 class ConnectorConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unimrg.errors import MissingExtraError
 
@@ -44,6 +44,20 @@ def sana(config: SanaConfig) -> SanaTransformer2DModel:
         qk_norm=config.qk_norm,
         interpolation_scale=config.interpolation_scale,
     )
+
+
+def fill_positions(embedding: Any) -> None:
+    """SANA's table of positions, if it has one: it is in no file, so loading leaves it empty."""
+    if embedding.pos_embed is not None:
+        again = type(embedding)(
+            embedding.height,
+            embedding.width,
+            patch_size=1,
+            in_channels=1,
+            embed_dim=embedding.pos_embed.shape[-1],
+            interpolation_scale=embedding.interpolation_scale,
+        )
+        embedding.pos_embed.copy_(again.pos_embed)
 
 
 def dc_ae(config: DCAEConfig) -> AutoencoderDC:

@@ -72,6 +72,8 @@ class OpenUni(Family):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves; the language model and the vision tower by their library's rule."""
+        if module is self.transformer.patch_embed:
+            libraries.fill_positions(module)
 
     def train(self, mode: bool = True) -> OpenUni:
         """The autoencoder never leaves evaluation mode and stays frozen."""

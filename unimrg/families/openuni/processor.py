@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unimrg.families.openuni.config import OpenUniConfig
+from unimrg.families.openuni.config import TOKENS, OpenUniConfig
 from unimrg.families.processor import Branch, Layouted, PackedProcessor, Pictures, Target
 from unimrg.families.rows import IGNORE, Block, PackedBatch, Text, Vectors, as_long
 from unimrg.sample import IMAGE_TASKS, Conversation, Sample, Task
@@ -26,7 +26,7 @@ from unimrg.sample import IMAGE_TASKS, Conversation, Sample, Task
 OPEN = "<|im_start|>user\n"
 CLOSE = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
-IMAGE_OPEN, IMAGE_CLOSE = "<img>", "</img>"
+IMAGE_OPEN, IMAGE_CLOSE, _ = TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
