@@ -1,6 +1,6 @@
-"""Checkpoints: a training state as one atomic unit, and weights files read without running their code.
+"""Checkpoints: a training state as one atomic unit.
 
-A training checkpoint is a folder: the engine's files (every rank writes its own), `rng-<rank>.pt`, and
+A checkpoint is a folder: the engine's files (every rank writes its own), `rng-<rank>.pt`, and
 `state.json` (step, position, ranks, engine, config) by rank 0. It counts only when `COMPLETE` lies in it:
 a list of all files and their sizes, written last.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unimrg.engine import Engine, world
 from unimrg.errors import CheckpointError, first_line
@@ -122,62 +121,3 @@ def _restore_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-
-
-# -- weights of others ---------------------------------------------------------------------------------------
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a pickle that loads with `weights_only`.
-
-    Wrappers `state_dict`, `model` and `module`, and a `module.` before every name, are taken off.
-    Raises CheckpointError: no such file, damaged, or a pickle that wants to run code.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no weights at {path}; give a file or a folder of save_pretrained")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            raw: Any = load_file(path)
-        else:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each library has its own kinds; all mean an unusable file
-        raise CheckpointError(
-            f"{path} can't be read safely ({first_line(error)}); only safetensors, or pickles of plain "
-            "tensors, are loaded: convert it where you trust it"
-        ) from error
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
-            raw = raw[wrapper]
-    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
-        raise CheckpointError(f"{path} is no state dict; it must map names to tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in raw.items()}
-
-
-def load_strictly(
-    module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()
-) -> None:
-    """Load every key; names starting with one of `absent` may be missing.
-
-    Raises CheckpointError listing missing, unexpected and wrongly shaped keys.
-    """
-    check_fits(module, state, source, absent)
-    module.load_state_dict(state, strict=not absent)
-
-
-def check_fits(
-    module: torch.nn.Module, state: dict[str, Tensor], source: str, absent: tuple[str, ...] = ()
-) -> None:
-    """What `load_strictly` checks, without loading: `module` may lie on the meta device."""
-    own = module.state_dict()
-    missing = [k for k in own if k not in state and not any(k.startswith(prefix) for prefix in absent)]
-    unexpected = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", shapes))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"{source} doesn't fit the model: {'; '.join(problems)}; check family.variant")

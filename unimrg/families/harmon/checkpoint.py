@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unimrg.checkpoint import check_fits, load_strictly, read_state_dict
 from unimrg.errors import CheckpointError, first_line
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
+from unimrg.weights import check_fits, load_strictly, read_state_dict
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"

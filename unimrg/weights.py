@@ -1,0 +1,401 @@
+"""Weights of others: fetched from wherever they lie, read without running their code, matched strictly.
+
+    with localized(config.family, s3) as family:         # hub ids and URLs become local paths
+        model, tokenizer = load_family(family.name).build(family, seed)
+
+A knob of `FamilyConfig` names a local file or folder, a URL (`s3://`, `gs://`) or a place on the Hugging Face
+hub: `org/name`, or `hf://org/name[/file or folder][@revision]`. What is fetched is kept, once per machine and
+whatever the number of processes: the hub's files in its own cache, those of object storage in
+`$UNIMRG_CACHE` (`~/.cache/unimrg`), which may be deleted whenever nothing runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimrg.config import FamilyConfig
+from unimrg.errors import CheckpointError, ConfigError, first_line
+from unimrg.storage import Entry, S3Config, Store
+from unimrg.zero import find_zero, merge_zero
+
+log = logging.getLogger(__name__)
+
+PLACES = ("weights", "language_weights", "diffusion_weights", "vision_weights", "vae_weights", "tokenizer")
+"""The knobs of `FamilyConfig` that name files."""
+
+# What is fetched from the hub. Pickles only where there are no safetensors, and never for a tokenizer.
+DESCRIPTIONS = (".json", ".txt", ".model", ".jinja")
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+WEIGHTS = (SAFETENSORS, *PICKLES)
+HUB_SECONDS = 10.0  # for one answer about a repository
+
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+"""Names under which libraries save a model's weights in a folder."""
+
+TELLTALES = {
+    "harmon": ("mar.encoder_blocks.", "mar.diffloss."),
+    "showo": ("showo.",),
+    "openuni": ("meta_queries", "connector.", "lmm."),
+    "janus": ("gen_vision_model.", "gen_aligner.", "model.generation_embeddings."),
+}
+"""Family -> beginnings of names that only its published checkpoints have."""
+
+
+# -- where they lie ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """A repository of the hub. inside: a file or folder in it, "" for all. revision: "" for the newest."""
+
+    repo: str
+    inside: str = ""
+    revision: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> HubPlace | None:
+        """`hf://org/name[/inside][@revision]`, or `org/name[@revision]` where no such path exists; else None.
+
+        Raises ConfigError for an address of the hub that is none.
+        """
+        name = r"[A-Za-z0-9][\w.-]*"
+        found = re.fullmatch(rf"hf://({name}/{name})((?:/{name})*)/?(?:@([\w./-]+))?", text)
+        if found is None and text.startswith("hf://"):
+            raise ConfigError(
+                f"{text!r} is no place on the hub; write hf://org/name, hf://org/name/file@revision"
+            )
+        if found is None and not Path(text).exists():
+            found = re.fullmatch(rf"({name}/{name})()(?:@([\w./-]+))?", text)
+        return cls(found[1], found[2].strip("/"), found[3] or "") if found else None
+
+    @property
+    def is_file(self) -> bool:
+        return self.inside.endswith((*WEIGHTS, *DESCRIPTIONS))
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"hf://{'/'.join(filter(None, (self.repo, self.inside)))}{at}"
+
+
+@contextlib.contextmanager
+def localized(config: FamilyConfig, s3: S3Config, only_descriptions: bool = False) -> Iterator[FamilyConfig]:
+    """The same config with every place as a local path, fetched if need be; valid inside the block.
+
+    only_descriptions: fetch what describes a model (json, tokenizers) and no weights.
+    Raises CheckpointError when nothing is there, StorageError when object storage fails.
+    """
+    paths: dict[str, Any] = {
+        key: _fetch(key, getattr(config, key), s3, only_descriptions)
+        for key in PLACES
+        if getattr(config, key)
+    }
+    yield dataclasses.replace(config, **paths)
+
+
+def check_reachable(config: FamilyConfig, s3: S3Config) -> None:
+    """Raise CheckpointError or StorageError when a place holds nothing; fetches no weights."""
+    for key in PLACES:
+        text = getattr(config, key)
+        if not text:
+            continue
+        if hub := HubPlace.parse(text):
+            _check_hub(key, hub)
+        elif (store := Store.at(text, s3)).is_local:
+            _check_local(key, text, store)
+        else:
+            store.check_readable()
+
+
+def absolute(text: str, s3: S3Config) -> str:
+    """A place as other processes, in folders of their own, understand it."""
+    return text if HubPlace.parse(text) else Store.at(text, s3).url
+
+
+def _fetch(key: str, text: str, s3: S3Config, only_descriptions: bool) -> str:
+    if hub := HubPlace.parse(text):
+        return text if only_descriptions and hub.is_file else _from_hub(key, hub, only_descriptions)
+    store = Store.at(text, s3)
+    if not store.is_local:
+        return str(_from_storage(store, s3, only_descriptions))
+    _check_local(key, text, store)
+    return store.root
+
+
+def _check_local(key: str, text: str, store: Store) -> None:
+    if not Path(store.root).exists():
+        raise CheckpointError(
+            f"family.{key}: {text} does not exist; give a file or a folder that is there, a URL like s3://…, "
+            "or a repository of the hub like org/name"
+        )
+
+
+def _from_storage(store: Store, s3: S3Config, only_descriptions: bool) -> Path:
+    """A copy in the cache. Its name is that of the content, so a changed object is fetched again."""
+    from filelock import FileLock
+
+    store.check_readable()
+    is_file = store.size("") is not None
+    entries = [store.stat("")] if is_file else store.list(recursive=True)
+    wanted = [e for e in entries if e and (not only_descriptions or e.path.endswith(DESCRIPTIONS))]
+    described = json.dumps([store.url, [(e.path, e.size, e.mtime) for e in wanted]])
+    digest = hashlib.sha256(described.encode()).hexdigest()[:32]
+    target = _cache_folder() / digest / PurePosixPath(store.root).name
+    target.parent.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target.parent}.lock"):
+        if not target.exists():
+            part = Path(f"{target.parent}.part")  # also what a killed process has left
+            shutil.rmtree(part, ignore_errors=True)
+            _download(store, s3, wanted, is_file, part / target.name)
+            shutil.rmtree(target.parent, ignore_errors=True)
+            os.replace(part, target.parent)
+    return target
+
+
+def _download(store: Store, s3: S3Config, wanted: list[Entry], is_file: bool, target: Path) -> None:
+    target.parent.mkdir(parents=True)
+    if is_file:
+        Store.at(store.url.rpartition("/")[0], s3).download(target.name, target.parent)
+        return
+    target.mkdir()
+    for entry in wanted:
+        store.download(entry.path, target / PurePosixPath(entry.path).parent)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("UNIMRG_CACHE") or "~/.cache/unimrg").expanduser() / "weights"
+
+
+# -- the hub -------------------------------------------------------------------------------------------------
+
+
+def _from_hub(key: str, place: HubPlace, only_descriptions: bool) -> str:
+    """Fetched into the hub's cache, which locks every file while it is written."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        if place.is_file:
+            found = _snapshot(place, [place.inside])
+        else:
+            found = _snapshot(place, _inside(place, DESCRIPTIONS))
+            if not only_descriptions and key != "tokenizer":
+                found = _snapshot(place, _inside(place, (SAFETENSORS,)))
+                if not any(found.rglob(f"*{SAFETENSORS}")):
+                    found = _snapshot(place, _inside(place, PICKLES))
+    except Exception as error:  # the library's own kinds, those of its HTTP client, and OSError
+        raise _not_had(key, place, error) from error
+    if not found.exists():
+        raise CheckpointError(f"family.{key}: {place} holds nothing of use; check the name")
+    return str(found)
+
+
+def _inside(place: HubPlace, endings: tuple[str, ...]) -> list[str]:
+    above = f"{place.inside}/" if place.inside else ""
+    return [f"{above}*{ending}" for ending in endings]
+
+
+def _snapshot(place: HubPlace, patterns: list[str], local: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        place.repo, revision=place.revision or None, allow_patterns=patterns, local_files_only=local
+    )
+    return Path(folder, place.inside)
+
+
+def _check_hub(key: str, place: HubPlace) -> None:
+    """Ask the hub for its list of files; where it doesn't answer, what was fetched before is enough."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        said = HfApi().model_info(place.repo, revision=place.revision or None, timeout=HUB_SECONDS)
+        names = [file.rfilename for file in said.siblings or []]
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # also those for which one must log in
+        raise _not_had(key, place, error) from error
+    except Exception as error:  # no network, of whatever kind
+        try:
+            folder = _snapshot(HubPlace(place.repo, "", place.revision), ["*"], local=True)
+        except Exception:
+            raise _not_had(key, place, error) from error
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    if place.inside and not any(f"{name}/".startswith(f"{place.inside}/") for name in names):
+        raise CheckpointError(
+            f"family.{key}: {place} does not exist; the repository has {', '.join(names[:5])}"
+        )
+
+
+def _not_had(key: str, place: HubPlace, error: Exception) -> CheckpointError:
+    """One sentence for whatever the hub's library raises."""
+    return CheckpointError(
+        f"family.{key}: {place} is no file or folder here, and the hub doesn't give it "
+        f"({type(error).__name__}: {first_line(error)[:200]}); check the name and the network, log in with "
+        "`hf auth login` where it is private, or give a local folder"
+    )
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by name, on the CPU; large files are mapped, not read.
+
+    path: a file (.safetensors, or a pickle of plain tensors: .pth, .pt, .bin, .ckpt), the index of a sharded
+    checkpoint (.index.json), or a folder with one of these or with a DeepSpeed ZeRO checkpoint. Wrappers
+    `state_dict`, `model` and `module`, and `module.` and `_orig_mod.` before every name, are taken off.
+    Raises CheckpointError: nothing there, damaged, incomplete, no state dict, or a pickle that wants to run
+    code; nothing of it runs.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raw = _read_folder(path)
+    elif not path.is_file():
+        raise CheckpointError(f"no weights at {path}; give a file or a folder of save_pretrained")
+    elif path.name.endswith(".index.json"):
+        raw = _read_shards(path)
+    else:
+        raw = _read_file(path)
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
+            raw = raw[wrapper]
+    if not isinstance(raw, dict) or not raw or not all(isinstance(v, Tensor) for v in raw.values()):
+        raise CheckpointError(f"{path} is no state dict; it must map names to tensors")
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in raw.items()}
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        with open(path, "rb") as source:
+            if source.read(24).startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{path} only points to a file in Git LFS; fetch it with `git lfs pull`"
+                )
+        if path.suffix == SAFETENSORS:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
+    except Exception as error:  # each library has its own kinds; all mean an unusable file
+        raise CheckpointError(
+            f"{path} can't be read safely ({first_line(error)}); only safetensors, or pickles of plain "
+            "tensors, are loaded: convert it where you trust it"
+        ) from error
+
+
+def _read_folder(folder: Path) -> Any:
+    for stem in STEMS:
+        for ending in (SAFETENSORS, ".bin"):
+            if (file := folder / f"{stem}{ending}").is_file():
+                return _read_file(file)
+            if (index := folder / f"{stem}{ending}.index.json").is_file():
+                return _read_shards(index)
+    if zero := find_zero(folder):
+        return merge_zero(zero)
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
+    if len(files) == 1:
+        return _read_file(files[0])
+    names = ", ".join(file.name for file in files[:5])
+    raise CheckpointError(
+        f"no weights at {folder}; "
+        + (f"it holds {names}: give one of them" if files else "give a file or a folder of save_pretrained")
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All shards of an index. Raises CheckpointError unless every name lies in the shard that it names."""
+    try:
+        places: dict[str, str] = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of a sharded checkpoint; fetch it again") from error
+    shards = sorted(set(places.values()), key=str)
+    for shard in shards:
+        if not isinstance(shard, str) or shard != PurePosixPath(shard).name or shard == "..":
+            raise CheckpointError(
+                f"{index} names {shard!r}, which isn't beside it; fetch the checkpoint again"
+            )
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index.parent} lacks {absent[0]}, {len(absent)} of {len(shards)} shards of {index.name}; "
+            "fetch the missing ones"
+        )
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors = _read_file(index.parent / shard)
+        lost = [name for name, place in places.items() if place == shard and name not in tensors]
+        if lost:
+            raise CheckpointError(f"{index.parent / shard} lacks {lost[0]}, which {index.name} says is in it")
+        state |= tensors
+    return state
+
+
+# -- matching ------------------------------------------------------------------------------------------------
+
+
+def load_strictly(
+    module: torch.nn.Module, state: Mapping[str, Tensor], source: str, absent: tuple[str, ...] = ()
+) -> None:
+    """Load every key; names starting with one of `absent` may be missing.
+
+    Raises CheckpointError listing missing, unexpected and wrongly shaped keys; then nothing was loaded.
+    """
+    check_fits(module, state, source, absent)
+    module.load_state_dict(state, strict=not absent)
+
+
+def check_fits(
+    module: torch.nn.Module, state: Mapping[str, Tensor], source: str, absent: tuple[str, ...] = ()
+) -> None:
+    """What `load_strictly` checks, without loading: `module` may lie on the meta device.
+
+    The message counts and shows the first of each kind; all of them go to the log, at level INFO.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.startswith(absent)]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": shapes}
+    for kind, names in kinds.items():
+        for name in names:
+            log.info("%s: %s %s", source, kind, name)
+    problems = [_shortened(names, kind) for kind, names in kinds.items() if names]
+    if problems:
+        raise CheckpointError(f"{source} doesn't fit the model: {'; '.join(problems)}; {_advice(own, state)}")
+
+
+def _shortened(names: list[str], kind: str) -> str:
+    return f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+def _advice(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The family whose names these are, if it is another one than the model's."""
+
+    def those_of(names: Mapping[str, Tensor], beginnings: tuple[str, ...]) -> bool:
+        return any(name.startswith(beginnings) for name in names)
+
+    for family, beginnings in TELLTALES.items():
+        if those_of(state, beginnings) and not those_of(own, beginnings):
+            return f"the names are those of {family}: choose family={family}, or the right file"
+    return "check family.variant"
