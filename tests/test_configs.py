@@ -141,7 +141,7 @@ REFUSED = {
     ("generate", "out=a.jpg"): "must end in .png",
     ("generate", "guidance=-1"): "guidance: -1.0 is out of range",
     ("export", "layout=onnx"): "layout: unknown value 'onnx'",
-    ("export", "layout=pretrained"): "weights is empty; layout=pretrained needs weights, vae_weights, out",
+    ("export", "layout=pretrained"): "weights is empty; layout=pretrained needs weights, out",
     ("export", "out="): "out is empty",
 }
 

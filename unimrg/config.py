@@ -75,25 +75,60 @@ class S3Options:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) in place of training a part in full."""
+
+    rank: int = knob(0, "of the adapters; 0 = none")
+    alpha: float = knob(32.0, "adapters are scaled by alpha / rank")
+    dropout: float = knob(0.0, "before the adapters, 0..0.99")
+    targets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "ends of names, or patterns, of linear layers, like [q_proj]; empty = the family's"
+        },
+    )
+    also_train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "words in names that stay trained in full inside the adapted parts, like [norm]"},
+    )
+
+    def check(self) -> None:
+        require("family.lora.rank", self.rank, 0)
+        require("family.lora.alpha", self.alpha, 0, above=True)
+        require("family.lora.dropout", self.dropout, 0, 0.99)
+        for key in ("targets", "also_train"):
+            if getattr(self, key) and not self.rank:
+                raise ConfigError(f"family.lora.{key} is set but family.lora.rank is 0; give a rank, like 16")
+
+
+@dataclass
 class FamilyConfig:
-    """Which model, from which weights."""
+    """Which model, from which weights: each a local path, an s3:// URL, or a place on the hub (org/name)."""
 
     name: str = knob("harmon", "model family")
-    variant: str = knob("tiny", "size: tiny (CPU, seconds per step), harmon_0_5b or harmon_1_5b")
+    variant: str = knob("tiny", "size: tiny (CPU, seconds per step), or a published one like harmon_1_5b")
     weights: str = knob(
-        "", "folder of save_pretrained, or published weights (.safetensors, .pth); empty = fresh"
+        "",
+        "folder of save_pretrained, or published weights (.safetensors, .pth, sharded, ZeRO); empty = fresh",
     )
-    vae_weights: str = knob("", "the published autoencoder's file; goes with published weights")
+    language_weights: str = knob(
+        "", "published language model that a family starts from (openuni: InternVL3)"
+    )
+    diffusion_weights: str = knob("", "published image model that a family starts from (openuni: SANA)")
+    vision_weights: str = knob("", "published picture encoder that a family needs (showo with CLIP)")
+    vae_weights: str = knob("", "the published picture autoencoder or tokenizer; goes with published weights")
     tokenizer: str = knob("", "folder with tokenizer.json; empty = beside the weights, or the tiny one")
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "parts of the family that are not trained, like [llm]"}
     )
     dropout: float = knob(-1.0, "dropout inside the image model, 0..0.99; -1 = the variant's own")
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self) -> None:
         require_choice("family.name", self.name, FAMILIES)
         if self.dropout != -1:
             require("family.dropout", self.dropout, 0, 0.99)
+        self.lora.check()
 
 
 @dataclass
@@ -402,8 +437,11 @@ class ExportConfig:
     layout: str = knob("published", "what to write: published (flat files) or pretrained (our folder)")
     out: str = knob("", "folder to write, local or s3://")
     checkpoint: str = knob("", "for published: folder of a model (model/ of a run), local or s3://")
-    weights: str = knob("", "for pretrained: the published file (.safetensors, or a pickle of plain tensors)")
-    vae_weights: str = knob("", "for pretrained: the published autoencoder's file (kl16.ckpt)")
+    weights: str = knob("", "for pretrained: the published weights; these five may lie on the hub (org/name)")
+    language_weights: str = knob("", "for pretrained: as in family.language_weights of a run")
+    diffusion_weights: str = knob("", "for pretrained: as in family.diffusion_weights of a run")
+    vision_weights: str = knob("", "for pretrained: as in family.vision_weights of a run")
+    vae_weights: str = knob("", "for pretrained: the published picture autoencoder or tokenizer")
     tokenizer: str = knob("", "for pretrained: folder with tokenizer.json; empty = beside the weights")
     family: str = knob("harmon", "for pretrained: model family of the weights")
     variant: str = knob("harmon_1_5b", "for pretrained: size of the weights")
@@ -413,10 +451,11 @@ class ExportConfig:
     def check(self) -> None:
         require_choice("layout", self.layout, ("published", "pretrained"))
         require_choice("family", self.family, FAMILIES)
-        needed = ("checkpoint", "out") if self.layout == "published" else ("weights", "vae_weights", "out")
-        for key in needed:
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; layout={self.layout} needs {', '.join(needed)}")
+        source = "checkpoint" if self.layout == "published" else "weights"
+        given = getattr(self, source) or (source == "weights" and self.language_weights)
+        for key, value in ((source, given), ("out", self.out)):
+            if not value:
+                raise ConfigError(f"{key} is empty; layout={self.layout} needs {source}, out")
 
 
 @dataclass
