@@ -5,14 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import JanusConfig, JanusVisionConfig, LlamaConfig
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
 from unimrg.families.janus.config import OPEN_IMAGE, TINY_TOKENS, JanusFamilyConfig
+from unimrg.families.janus.generate import embed_prompt
 from unimrg.families.janus.model import Janus
 from unimrg.families.janus.processor import JanusPackedProcessor
 from unimrg.families.tokenizer import tiny_tokenizer
+from unimrg.sample import Task
 
 VOCABULARY = 512
 
@@ -24,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def micro(tied: bool = False) -> JanusFamilyConfig:
-    """The smallest Janus-Pro with every part: 16-pixel pictures, seen as 4 x 4 tokens, drawn as 4 x 4 codes."""
+    """The smallest Janus-Pro with every part: 16-pixel pictures, 16 tokens to look at, 16 codes to draw."""
     ids = {token: VOCABULARY + number for number, token in enumerate(TINY_TOKENS)}
     llm = LlamaConfig(
         vocab_size=VOCABULARY + len(TINY_TOKENS),
@@ -45,6 +48,7 @@ def micro(tied: bool = False) -> JanusFamilyConfig:
         patch_size=4,
         projection_dim=32,
         num_image_tokens=16,
+        attention_bias=False,  # the gradient of the keys' bias is nothing but rounding
     )
     vq = JanusVQVAEConfig(
         embed_dim=4,
@@ -81,5 +85,21 @@ def random_model(config: JanusFamilyConfig, seed: int = 0) -> Janus:
     return model
 
 
-def processor(config: JanusFamilyConfig, **options: Any) -> JanusPackedProcessor:
-    return JanusPackedProcessor(config, tokenizer(), **{"seed": 5, **options})
+def make_processor(config: JanusFamilyConfig, tasks: tuple[Task, ...], seed: int) -> JanusPackedProcessor:
+    return JanusPackedProcessor(config, tokenizer(), tasks, seed)
+
+
+@torch.no_grad()
+def greedy(
+    model: Janus, processor: JanusPackedProcessor, image: np.ndarray | None, question: str, steps: int
+) -> str:
+    """The whole sequence again for every token; no cache, no padding, no batch, and no attention of ours."""
+    embeds = embed_prompt(model, processor, image, processor.question(question, with_image=image is not None))
+    answer: list[int] = []
+    for _ in range(steps):
+        chosen = int(model.janus(inputs_embeds=embeds[None], use_cache=False).logits[0, -1].argmax())
+        if chosen == processor.end[0]:
+            break
+        answer.append(chosen)
+        embeds = torch.cat([embeds, model.janus.get_input_embeddings()(torch.tensor([chosen]))])
+    return str(processor.tokenizer.decode(answer, skip_special_tokens=True)).strip()

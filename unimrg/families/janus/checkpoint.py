@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import JanusConfig
+from transformers import GenerationConfig, JanusConfig
 
 from unimrg.config import FamilyConfig, require_choice
 from unimrg.errors import CheckpointError, first_line
@@ -151,9 +151,14 @@ def save_published(model: Janus, folder: Path) -> None:
     The first is loaded by `JanusForConditionalGeneration.from_pretrained`. The original package takes the
     second with the config.json of the published folder; it lacks SigLIP's pooling head, which nothing uses.
     """
-    settings = model.janus.generation_config
-    settings.generation_kwargs = {"boi_token_id": model.config.open_image_id}
-    settings.pad_token_id = model.config.janus.text_config.pad_token_id
+    text = model.config.janus.text_config
+    model.janus.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        guidance_scale=5.0,
+        generation_kwargs={"boi_token_id": model.config.open_image_id},  # where the library looks for it
+    )
     model.janus.save_pretrained(folder)
     (folder / ORIGINAL).mkdir(exist_ok=True)
     state = to_original(model.janus.state_dict())

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
-from unimrg.errors import ConfigError
 from unimrg.families.base import DrawOptions
 from unimrg.families.janus.processor import JanusPackedProcessor
 from unimrg.sample import Task
@@ -63,12 +62,7 @@ def draw(
     task: Task,
     options: DrawOptions,
 ) -> list[np.ndarray]:
-    """Draw one picture per image, uint8 [S, S, 3]. Raises ConfigError for another number of iterations."""
-    if options.iterations not in (0, processor.codes):
-        raise ConfigError(
-            f"iterations={options.iterations}: Janus-Pro decodes its {processor.codes} codes one by one; "
-            "leave it at 0"
-        )
+    """Draw one picture per image, uint8 [S, S, 3]. `options.iterations` says nothing: a step is a code."""
     ids = [*processor.question(canonical_prompt(task)), *processor.open_image]
     embeds = torch.stack([embed_prompt(model, processor, image, ids) for image in images])
     if options.guidance != 1:

@@ -103,6 +103,8 @@ class Janus(Family):
 
     def embed_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 [I, S, S, 3] to what the language model sees, [I, P, H]."""
+        if not len(pictures):
+            return self.janus.lm_head.weight.new_zeros(0, 1, self.config.janus.text_config.hidden_size)
         features = self.janus.model.vision_model(self._pixels(pictures)).last_hidden_state
         return self.janus.model.aligner(features)
 
