@@ -34,7 +34,7 @@ def answer(
 ) -> list[str]:
     """Greedy answers to one question per picture (uint8 [S, S, 3], or None for text alone)."""
     rows = [
-        _embed(model, processor, image, processor.question(question, image is not None))
+        embed_prompt(model, processor, image, processor.question(question, image is not None))
         for image, question in zip(images, questions, strict=True)
     ]
     embeds, mask = _pad_left(rows)
@@ -117,7 +117,7 @@ def guided_velocity(
     return without + guidance * (given - without)
 
 
-def _embed(
+def embed_prompt(
     model: OpenUni, processor: OpenUniProcessor, image: np.ndarray | None, ids: Sequence[int]
 ) -> Tensor:
     """[P, H]: embeddings of the ids, behind the picture's if there is one."""
