@@ -48,7 +48,9 @@ def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
 def processor(
     model: Janus, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
 ) -> JanusPackedProcessor:
-    """The processor for `tasks` with the training's text settings."""
+    """The processor for `tasks` with the training's text settings. Raises ConfigError for another recipe's."""
+    if train.published_prompts:
+        raise ConfigError("train.published_prompts: no recipe with all tasks is published for Janus-Pro")
     return JanusPackedProcessor(
         model.config,
         tokenizer,
