@@ -48,7 +48,10 @@ def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
 def processor(
     model: Janus, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
 ) -> JanusPackedProcessor:
-    """The processor for `tasks` with the training's text settings. Raises ConfigError for another recipe's."""
+    """The processor for `tasks` with the training's text settings.
+
+    Raises ConfigError for `published_prompts`, which Janus-Pro has none of.
+    """
     if train.published_prompts:
         raise ConfigError("train.published_prompts: no recipe with all tasks is published for Janus-Pro")
     return JanusPackedProcessor(
