@@ -18,11 +18,12 @@ import torch
 from cluster.pipeline import make_teacher, open_manifest, open_sources, split_held_out
 from cluster.worker import MODEL, run_store
 from unimrg.benchmarks.held_out import Question, ask, draw_all, score_drawings, write_pictures
-from unimrg.config import RunConfig, from_plain, to_plain
+from unimrg.config import FamilyConfig, RunConfig, from_plain, to_plain
 from unimrg.data.stages import Fetch, Render, Teach
 from unimrg.families import load_family
 from unimrg.families.base import DrawOptions
 from unimrg.sample import IMAGE_TASKS, Sample
+from unimrg.weights import localized
 
 
 def compare(config: RunConfig, folder: Path, gpus: int) -> None:
@@ -84,7 +85,8 @@ def _prepare(config: RunConfig, rows: pa.Table) -> list[Sample]:
             teach = Teach(name, functools.partial(make_teacher, name, config.teachers))
             some = teach(table.slice(0, config.report.images))
             table = pa.concat_tables([some, table.slice(config.report.images)])
-    side = load_family(config.family.name).image_size(config.family)
+    with localized(config.family, config.s3.store(), only_descriptions=True) as local:
+        side = load_family(local.name).image_size(local)
     table = Render(side, config.data.geometry)(table)
     return [Sample.from_row(row) for row in table.to_pylist() if not row["error"]]
 
@@ -114,8 +116,9 @@ def _score(plain: dict[str, Any], shared: tuple[list[Sample], list[Question]], w
     try:
         if when == "after":
             run_store(config).download(MODEL, folder)
-            config.family.weights = str(folder)
-        model, tokenizer = family.build(config.family, config.seed)
+            config.family = FamilyConfig(config.family.name, config.family.variant, str(folder))
+        with localized(config.family, config.s3.store()) as local:
+            model, tokenizer = family.build(local, config.seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,7 @@ from unimrg.data.stages import Fetch, Render, Sources, Teach, wanted_maps
 from unimrg.families import load_family
 from unimrg.storage import Store
 from unimrg.teachers import Teacher
+from unimrg.weights import localized
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
 
@@ -154,7 +155,8 @@ def sample_dataset(config: RunConfig, ingest: Any, monitor: Any, position: int, 
         [{"start": start, "stop": min(start + unit, position + rows)} for start in starts],
         override_num_blocks=len(starts),
     )
-    side = load_family(config.family.name).image_size(config.family)
+    with localized(config.family, config.s3.store(), only_descriptions=True) as family:
+        side = load_family(family.name).image_size(family)
     fetch = Fetch(open_sources(config), config.data)
     dataset = dataset.map_batches(
         _Prepare(ingest, fetch),

@@ -8,21 +8,20 @@ from pathlib import Path
 
 from cluster.pipeline import open_manifest, split_url
 from unimrg.config import RunConfig
-from unimrg.errors import CheckpointError, DataError
+from unimrg.errors import DataError
 from unimrg.storage import Store
+from unimrg.weights import PLACES, absolute, check_reachable
 
 
 def make_absolute(config: RunConfig) -> None:
     """Local paths as this process sees them: workers run in folders of their own."""
     s3 = config.s3.store()
-    for part, keys in (
-        (config, ("storage_path",)),
-        (config.data, ("images",)),
-        (config.teachers, ("stored",)),
-        (config.family, ("weights", "vae_weights", "tokenizer")),
-    ):
-        for key in filter(lambda k, part=part: getattr(part, k), keys):
-            setattr(part, key, Store.at(getattr(part, key), s3).url)
+    for part, key in ((config, "storage_path"), (config.data, "images"), (config.teachers, "stored")):
+        if place := getattr(part, key):
+            setattr(part, key, Store.at(place, s3).url)
+    for key in PLACES:
+        if place := getattr(config.family, key):
+            setattr(config.family, key, absolute(place, s3))
     for key in ("manifest", "held_out"):
         if url := getattr(config.data, key):
             folder, name = split_url(url)
@@ -63,10 +62,8 @@ def check_data(config: RunConfig) -> None:
 
 
 def check_weights(config: RunConfig) -> None:
-    """Stop before anything is started when files of the model aren't there. Raises CheckpointError."""
-    for key in ("weights", "vae_weights", "tokenizer"):
-        path = getattr(config.family, key)
-        if path and not Path(path).exists():
-            raise CheckpointError(
-                f"family.{key}: {path} does not exist; give a file or a folder that is there"
-            )
+    """Stop before anything is started when files of the model aren't there; fetches none.
+
+    Raises CheckpointError or StorageError.
+    """
+    check_reachable(config.family, config.s3.store())

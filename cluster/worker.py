@@ -42,6 +42,7 @@ from unimrg.metrics import Meter
 from unimrg.packing import Batch
 from unimrg.sample import Sample, Task
 from unimrg.storage import Store
+from unimrg.weights import localized
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
@@ -112,8 +113,8 @@ class _Worker:
         device = _device(self.config)
         family = load_family(self.config.family.name)
         tasks = self.config.weights.active()
-        with _together():
-            model, tokenizer = family.build(self.config.family, self.config.seed)
+        with _together(), localized(self.config.family, self.config.s3.store()) as local:
+            model, tokenizer = family.build(local, self.config.seed)
             model.freeze(self.config.family.freeze, tasks)
         model.train()
         self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)

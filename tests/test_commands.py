@@ -134,6 +134,11 @@ def test_export_doesn_t_overwrite(work: Path, tmp_path: Path) -> None:
     status, _, err = run(*words, "overwrite=true")
     assert status == 2 and "holds thesis.tex" in err and (out / "stale.safetensors").exists()
     (out / "thesis.tex").unlink()
+    (out / "other").mkdir()
+    (out / "other" / "model.safetensors").write_text("another model")
+    status, _, err = run(*words, "overwrite=true")
+    assert status == 2 and "holds other/model.safetensors" in err and (out / "stale.safetensors").exists()
+    shutil.rmtree(out / "other")
     assert run(*words, "overwrite=true")[0] == 0
     assert not (out / "stale.safetensors").exists() and (out / "harmon.safetensors").exists()
 
@@ -179,7 +184,7 @@ def test_what_can_t_be_used_is_one_sentence(work: Path, tmp_path: Path) -> None:
         ("generate", model, "image=/no/such.jpg", "task=depth"): "image: /no/such.jpg does not exist",
         ("generate", model, f"image={text}", "task=depth"): "not-an-image",
         ("generate", model, f"image={tmp_path}", "task=depth"): "can't read",
-        ("generate", "checkpoint=/no/such", photo, "task=depth"): "there is nothing at /no/such",
+        ("generate", "checkpoint=/no/such", photo, "task=depth"): "checkpoint: /no/such does not exist",
         ("generate", f"checkpoint={empty}", photo, "task=depth"): "no readable config.json",
         ("generate", f"checkpoint={foreign}", photo, "task=depth"): "model_type 'llama' is none of",
         ("generate", f"checkpoint={bare}", photo, "task=depth"): "tokenizer.json",
@@ -187,7 +192,13 @@ def test_what_can_t_be_used_is_one_sentence(work: Path, tmp_path: Path) -> None:
         ("generate", model, photo, "task=depth", "device=cuda:99"): "there is no cuda:99 here",
         ("export", model): "out is empty",
         ("export", model, f"out={text}"): "a file stands where",
-        ("export", "layout=pretrained", "weights=/no/a", "vae_weights=/no/b", "out=x"): "nothing at /no/a",
+        (
+            "export",
+            "layout=pretrained",
+            "weights=/no/a",
+            "vae_weights=/no/b",
+            "out=x",
+        ): "weights: /no/a does not exist",
     }
     for words, said in refused.items():
         status, out, err = run(*words)

@@ -34,14 +34,14 @@ def main(config: GenerateConfig) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from unimrg.storage import local_copy
+    from unimrg.weights import fetch
 
     disable_progress_bar()
     device = choose_device(config.device)
     s3 = config.s3.store()
     picture = read_picture(config.image, s3) if config.image else None
-    with local_copy(config.checkpoint, s3) as folder, torch.inference_mode():
-        model, processor, side = _load(folder, device)
+    with torch.inference_mode():
+        model, processor, side = _load(fetch("checkpoint", config.checkpoint, s3), device)
         if picture is None:
             print(model.answer(processor, [None], [config.question], config.max_new_tokens)[0])
             return

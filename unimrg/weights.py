@@ -94,32 +94,39 @@ class HubPlace:
 
 
 @contextlib.contextmanager
-def localized(config: FamilyConfig, s3: S3Config, only_descriptions: bool = False) -> Iterator[FamilyConfig]:
+def localized(
+    config: FamilyConfig, s3: S3Config, only_descriptions: bool = False, section: str = "family."
+) -> Iterator[FamilyConfig]:
     """The same config with every place as a local path, fetched if need be; valid inside the block.
 
-    only_descriptions: fetch what describes a model (json, tokenizers) and no weights.
+    only_descriptions: fetch what describes a model (json, tokenizers) and no weights. section: what stands
+    before the knobs' names in messages.
     Raises CheckpointError when nothing is there, StorageError when object storage fails.
     """
     paths: dict[str, Any] = {
-        key: _fetch(key, getattr(config, key), s3, only_descriptions)
-        for key in PLACES
-        if getattr(config, key)
+        key: str(fetch(f"{section}{key}", text, s3, only_descriptions)) for key, text in _places(config)
     }
     yield dataclasses.replace(config, **paths)
 
 
-def check_reachable(config: FamilyConfig, s3: S3Config) -> None:
+def check_reachable(config: FamilyConfig, s3: S3Config, section: str = "family.") -> None:
     """Raise CheckpointError or StorageError when a place holds nothing; fetches no weights."""
-    for key in PLACES:
-        text = getattr(config, key)
-        if not text:
-            continue
-        if hub := HubPlace.parse(text):
-            _check_hub(key, hub)
-        elif (store := Store.at(text, s3)).is_local:
-            _check_local(key, text, store)
-        else:
-            store.check_readable()
+    for key, text in _places(config):
+        check_place(f"{section}{key}", text, s3)
+
+
+def check_place(key: str, text: str, s3: S3Config) -> None:
+    """As `check_reachable`, for one place. key: the knob's name, for messages."""
+    if hub := HubPlace.parse(text):
+        _check_hub(key, hub)
+    elif (store := Store.at(text, s3)).is_local:
+        _check_local(key, text, store)
+    else:
+        store.check_readable()
+
+
+def _places(config: FamilyConfig) -> list[tuple[str, str]]:
+    return [(key, getattr(config, key)) for key in PLACES if getattr(config, key)]
 
 
 def absolute(text: str, s3: S3Config) -> str:
@@ -127,20 +134,23 @@ def absolute(text: str, s3: S3Config) -> str:
     return text if HubPlace.parse(text) else Store.at(text, s3).url
 
 
-def _fetch(key: str, text: str, s3: S3Config, only_descriptions: bool) -> str:
+def fetch(key: str, text: str, s3: S3Config, only_descriptions: bool = False) -> Path:
+    """The local path of one place; as `localized` does for all. key: the knob's name, for messages."""
     if hub := HubPlace.parse(text):
-        return text if only_descriptions and hub.is_file else _from_hub(key, hub, only_descriptions)
+        if only_descriptions and hub.is_file:
+            return Path(text)
+        return _from_hub(key, hub, only_descriptions)
     store = Store.at(text, s3)
     if not store.is_local:
-        return str(_from_storage(store, s3, only_descriptions))
+        return _from_storage(store, s3, only_descriptions)
     _check_local(key, text, store)
-    return store.root
+    return Path(store.root)
 
 
 def _check_local(key: str, text: str, store: Store) -> None:
     if not Path(store.root).exists():
         raise CheckpointError(
-            f"family.{key}: {text} does not exist; give a file or a folder that is there, a URL like s3://…, "
+            f"{key}: {text} does not exist; give a file or a folder that is there, a URL like s3://…, "
             "or a repository of the hub like org/name"
         )
 
@@ -184,7 +194,7 @@ def _cache_folder() -> Path:
 # -- the hub -------------------------------------------------------------------------------------------------
 
 
-def _from_hub(key: str, place: HubPlace, only_descriptions: bool) -> str:
+def _from_hub(key: str, place: HubPlace, only_descriptions: bool) -> Path:
     """Fetched into the hub's cache, which locks every file while it is written."""
     from huggingface_hub.utils import disable_progress_bars
 
@@ -194,15 +204,15 @@ def _from_hub(key: str, place: HubPlace, only_descriptions: bool) -> str:
             found = _snapshot(place, [place.inside])
         else:
             found = _snapshot(place, _inside(place, DESCRIPTIONS))
-            if not only_descriptions and key != "tokenizer":
+            if not only_descriptions and not key.endswith("tokenizer"):
                 found = _snapshot(place, _inside(place, (SAFETENSORS,)))
                 if not any(found.rglob(f"*{SAFETENSORS}")):
                     found = _snapshot(place, _inside(place, PICKLES))
     except Exception as error:  # the library's own kinds, those of its HTTP client, and OSError
         raise _not_had(key, place, error) from error
     if not found.exists():
-        raise CheckpointError(f"family.{key}: {place} holds nothing of use; check the name")
-    return str(found)
+        raise CheckpointError(f"{key}: {place} holds nothing of use; check the name")
+    return found
 
 
 def _inside(place: HubPlace, endings: tuple[str, ...]) -> list[str]:
@@ -226,25 +236,25 @@ def _check_hub(key: str, place: HubPlace) -> None:
 
     try:
         said = HfApi().model_info(place.repo, revision=place.revision or None, timeout=HUB_SECONDS)
-        names = [file.rfilename for file in said.siblings or []]
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # also those for which one must log in
         raise _not_had(key, place, error) from error
     except Exception as error:  # no network, of whatever kind
         try:
-            folder = _snapshot(HubPlace(place.repo, "", place.revision), ["*"], local=True)
+            kept = _snapshot(place, [place.inside] if place.is_file else _inside(place, DESCRIPTIONS), True)
         except Exception:
             raise _not_had(key, place, error) from error
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-    if place.inside and not any(f"{name}/".startswith(f"{place.inside}/") for name in names):
-        raise CheckpointError(
-            f"family.{key}: {place} does not exist; the repository has {', '.join(names[:5])}"
-        )
+        if not kept.exists():
+            raise _not_had(key, place, error) from error
+        return
+    names = [file.rfilename for file in said.siblings or []]
+    if not any(f"{name}/".startswith(f"{place.inside}/".lstrip("/")) for name in names):
+        raise CheckpointError(f"{key}: {place} does not exist; the repository holds {', '.join(names[:5])}")
 
 
 def _not_had(key: str, place: HubPlace, error: Exception) -> CheckpointError:
     """One sentence for whatever the hub's library raises."""
     return CheckpointError(
-        f"family.{key}: {place} is no file or folder here, and the hub doesn't give it "
+        f"{key}: {place} is no file or folder here, and the hub doesn't give it "
         f"({type(error).__name__}: {first_line(error)[:200]}); check the name and the network, log in with "
         "`hf auth login` where it is private, or give a local folder"
     )
