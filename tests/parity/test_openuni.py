@@ -212,7 +212,8 @@ def four_losses(model: OpenUni, given: dict[str, Tensor], drawings_see_gradients
 
 def assert_gradients(model: OpenUni, case: Case, norms: str, prefix: str) -> None:
     """Norms of all gradients and whole gradients of some, by their published names."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Without a gradient are frozen parts, and biases that a softmax cancels.
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     want = case.config[norms]
     got = published(model, found)
     assert {name for name in got if got[name].norm() > 1e-6} <= set(want)
@@ -225,7 +226,7 @@ def assert_gradients(model: OpenUni, case: Case, norms: str, prefix: str) -> Non
 
 
 def published(model: OpenUni, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients by published name; a part without any has zeros, so that names can be mapped as a whole."""
+    """Tensors of all parameters by published name."""
     lmm = {n.removeprefix("lmm."): g for n, g in found.items() if n.startswith("lmm.")}
     rest = {name: gradient for name, gradient in found.items() if not name.startswith("lmm.")}
     return rest | {f"lmm.{name}": gradient for name, gradient in to_original(lmm).items()}

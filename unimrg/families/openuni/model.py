@@ -66,9 +66,10 @@ class OpenUni(Family):
         self.connector = Connector(config.connector)
         self.projector = nn.Linear(config.connector.width, config.connector.out_width)
         self.transformer = libraries.sana(config.sana)
-        self.vae = libraries.dc_ae(config.vae).requires_grad_(False)
+        self.vae = libraries.dc_ae(config.vae)
         self.grid = config.grid_of(config.image_size, config.image_size)
         self.post_init()
+        self.train()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves; the language model and the vision tower by their library's rule."""
@@ -76,10 +77,12 @@ class OpenUni(Family):
             libraries.fill_positions(module)
 
     def train(self, mode: bool = True) -> OpenUni:
-        """The autoencoder never leaves evaluation mode and stays frozen."""
+        """The autoencoder never leaves evaluation mode; it and what has no effect stay frozen."""
         super().train(mode)
         # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
         self.vae.eval().requires_grad_(False)
+        for bias in self._cancelled_biases():
+            bias.requires_grad_(False)
         return self
 
     # -- the loss --------------------------------------------------------------------------------------------
@@ -217,6 +220,7 @@ class OpenUni(Family):
         return ("queries", "connector", "projector", "sana")
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        cancelled = {id(bias) for bias in self._cancelled_biases()}
         parts = {
             "lmm.model.vision_tower.": "vision",
             "lmm.model.multi_modal_projector.": "mlp1",
@@ -228,7 +232,20 @@ class OpenUni(Family):
             "vae.": "vae",
         }
         for name, parameter in self.named_parameters():
-            yield next(part for start, part in parts.items() if name.startswith(start)), parameter
+            part = next(part for start, part in parts.items() if name.startswith(start))
+            yield ("no effect" if id(parameter) in cancelled else part), parameter
+
+    def _cancelled_biases(self) -> Iterator[nn.Parameter]:
+        """Biases of keys that are neither rotated nor normalised: the softmax cancels them.
+
+        Their gradients are rounding errors, which AdamW would make as large as anything else's.
+        """
+        yield from (layer.get_parameter("self_attn.k_proj.bias") for layer in self.connector.layers)
+        if not self.config.lmm.vision_config.use_qk_norm:
+            layers = self.lmm.model.vision_tower.encoder.layer
+            yield from (layer.attention.k_proj.bias for layer in layers)
+        if self.config.sana.qk_norm is None:
+            yield from (block.attn2.to_k.bias for block in self.transformer.transformer_blocks)
 
 
 def timesteps_at(share: Tensor) -> Tensor:
