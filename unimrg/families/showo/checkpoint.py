@@ -1,0 +1,162 @@
+"""Show-o from fresh or published weights, and back.
+
+Published are up to three things: Show-o's own (`showo.`, and `mm_projector.` with CLIP), its image tokenizer
+MAGVIT-v2, and OpenAI's CLIP. The names of the first are ours unchanged; the second is our `magvit.`, and the
+`vision_model.` of the third is our `clip.`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unimrg.config import FamilyConfig, require_choice
+from unimrg.errors import CheckpointError, ConfigError, first_line
+from unimrg.families.showo.config import VARIANTS, ShowoConfig
+from unimrg.families.showo.model import Showo
+from unimrg.weights import check_fits, load_strictly, read_state_dict
+
+TINY_MAGVIT = Path(__file__).parent / "assets" / "tiny_magvit.safetensors"
+WEIGHTS, CONFIG = "pytorch_model.safetensors", "config.json"
+MAGVIT, CLIP = "magvitv2", "clip"
+"""Files of an export, and its folders."""
+VISION = "vision_model."
+CLIP_UNUSED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+POSITIONS = f"{VISION}embeddings.position_ids"  # 0, 1, 2, … in files of older libraries
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def sizes(config: FamilyConfig) -> ShowoConfig:
+    """The model's numbers: of the folder of weights if it is ours, else of the variant.
+
+    Raises ConfigError for an unknown variant.
+    """
+    if is_ours(config.weights):
+        return ShowoConfig.from_pretrained(config.weights)
+    require_choice("family.variant", config.variant, VARIANTS)
+    return VARIANTS[config.variant]()
+
+
+def is_ours(weights: str) -> bool:
+    """Whether that is a folder of `save_pretrained`; Show-o's own folders have a config.json too."""
+    path = Path(weights) / CONFIG
+    if not weights or not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_text("utf-8")).get("model_type") == ShowoConfig.model_type)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({first_line(error)}); fetch it again") from error
+
+
+def fresh(config: ShowoConfig, seed: int, tiny: bool) -> Showo:
+    """New weights from a seed; the tiny size has a trained image tokenizer of its own."""
+    torch.manual_seed(seed)
+    model = Showo(config)
+    if tiny:
+        load_strictly(model.magvit, read_state_dict(TINY_MAGVIT), str(TINY_MAGVIT))
+    return model
+
+
+def from_folder(folder: Path) -> Showo:
+    """A folder of `save_pretrained`, every key accounted for.
+
+    Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
+    """
+    try:
+        model, info = Showo.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
+        raise CheckpointError(
+            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
+        ) from error
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
+    if wrong:
+        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
+    return model
+
+
+def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
+    """Show-o, MAGVIT-v2 and, for the sizes that have it, CLIP.
+
+    Raises ConfigError when one isn't given, CheckpointError when names or shapes don't fit.
+    """
+    state = published_state(sizes, config)
+    source = " with ".join(filter(None, (config.weights, config.vae_weights, config.vision_weights)))
+    with torch.device("meta"):
+        expected = Showo(sizes)
+    check_fits(expected, state, source)  # before minutes are spent on drawing weights for the wrong variant
+    model = Showo(sizes)
+    load_strictly(model, state, source)
+    return model
+
+
+def published_state(sizes: ShowoConfig, config: FamilyConfig) -> dict[str, Tensor]:
+    """All published tensors by our names."""
+    if not config.vae_weights:
+        raise ConfigError("family.vae_weights is empty; Show-o needs its image tokenizer (showlab/magvitv2)")
+    if sizes.clip is not None and not config.vision_weights:
+        raise ConfigError(
+            f"family.vision_weights is empty; {config.variant} needs CLIP (openai/clip-vit-large-patch14-336)"
+        )
+    if sizes.clip is None and config.vision_weights:
+        raise ConfigError(f"family.vision_weights: {config.variant} reads no picture by CLIP; leave it empty")
+    state = read_state_dict(config.weights)
+    state |= {f"magvit.{name}": tensor for name, tensor in read_state_dict(config.vae_weights).items()}
+    if config.vision_weights:
+        for name, tensor in read_state_dict(config.vision_weights).items():
+            if not name.startswith(CLIP_UNUSED) and name != POSITIONS:
+                state[f"clip.{name.removeprefix(VISION)}"] = tensor
+    return state
+
+
+# -- exporting -----------------------------------------------------------------------------------------------
+
+
+def save_published(model: Showo, folder: Path) -> None:
+    """Write what the original code reads; `from_published` gives the same model back.
+
+    In `folder` Show-o itself, in `magvitv2/` its image tokenizer, and with CLIP that in `clip/`, as
+    transformers saves it.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    own = {n: tensor for n, tensor in state.items() if n.startswith(("showo.", "mm_projector."))}
+    _save(own, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(published_config(model.config), indent=2) + "\n")
+    _save(_below("magvit.", state), folder / MAGVIT / WEIGHTS)
+    if model.config.clip is not None:
+        clip = {VISION + name: tensor for name, tensor in _below("clip.", state).items()}
+        _save(clip, folder / CLIP / "model.safetensors")
+        model.config.clip.save_pretrained(folder / CLIP)
+
+
+def published_config(config: ShowoConfig) -> dict[str, Any]:
+    """The fields of Show-o's own config.json."""
+    return {
+        "_class_name": "Showo",
+        "w_clip_vit": config.clip is not None,
+        "vocab_size": config.llm.vocab_size,
+        "llm_vocab_size": config.text_vocab,
+        "llm_model_path": "microsoft/phi-1_5",
+        "codebook_size": config.magvit.codes,
+        "num_vq_tokens": config.target_tokens,
+        "load_from_showo": True,
+        "mask_token_id": config.mask_id,
+    }
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file(state, path, metadata={"format": "pt"})
