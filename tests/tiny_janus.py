@@ -48,7 +48,6 @@ def micro(tied: bool = False) -> JanusFamilyConfig:
         patch_size=4,
         projection_dim=32,
         num_image_tokens=16,
-        attention_bias=False,  # the gradient of the keys' bias is nothing but rounding
     )
     vq = JanusVQVAEConfig(
         embed_dim=4,

@@ -59,15 +59,19 @@ class Janus(Family):
         # The library takes the grid of codes to be that of SigLIP's patches; so it is in the published sizes.
         self.janus.model.vqmodel.quantize.quant_state_dims = list(config.grid)
         self.post_init()
+        self.train()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves by their own library's rule."""
 
     def train(self, mode: bool = True) -> Janus:
-        """The picture tokenizer never leaves evaluation mode and stays frozen."""
+        """The picture tokenizer never leaves evaluation mode; it and what has no effect stay frozen."""
         super().train(mode)
-        # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
-        self.janus.model.vqmodel.eval().requires_grad_(False)
+        self.janus.model.vqmodel.eval()
+        # Here, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
+        for part, parameter in self.named_parts():
+            if part not in self.PARTS:
+                parameter.requires_grad_(False)
         return self
 
     # -- the loss --------------------------------------------------------------------------------------------
@@ -167,6 +171,9 @@ class Janus(Family):
         return ("generation",)
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
+        # A bias of SigLIP's keys is cancelled by the softmax: its gradients are rounding errors, which AdamW
+        # would make as large as anything else's.
+        cancelled = () if self.config.janus.vision_config.use_qk_norm else ("self_attn.k_proj.bias",)
         for name, parameter in self.named_parameters():
             module = name.removeprefix("janus.").removeprefix("model.").split(".")[0]
-            yield PART_OF[module], parameter
+            yield ("no effect" if name.endswith(cancelled) else PART_OF[module]), parameter
