@@ -274,6 +274,20 @@ def test_pictures_survive_pixels() -> None:
     assert int((to_pictures(to_pixels(values)).int() - values.int()).abs().max()) <= 1
 
 
+@torch.no_grad()
+def test_half_precision_draws_and_learns() -> None:
+    """As DeepSpeed makes it: weights halved, buffers not."""
+    half = random_model(micro(True))
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    losses = half(process([sample(conversations=1)], clip=True))
+    assert all(bool(loss.sum.isfinite()) for loss in losses.values())
+    picture = sample().image
+    assert picture is not None
+    (drawn,) = half.draw(make_processor(micro(True)), [picture], Task.DEPTH, DrawOptions(3))
+    assert drawn.std() > 0
+
+
 # -- sampling ------------------------------------------------------------------------------------------------
 
 

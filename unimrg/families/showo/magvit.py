@@ -173,7 +173,8 @@ class Magvit(nn.Module):
 
     def decode(self, codes_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """Codes to pictures [B, 3, H, W]; values are not clamped. grid: rows and columns of codes."""
-        signs = self.quantize.signs(codes_BN, grid)
+        # Engines that halve the weights may leave the buffers as they are.
+        signs = self.quantize.signs(codes_BN, grid).to(self.decoder.conv_in.weight.dtype)
         return self.decoder(signs.contiguous(memory_format=torch.channels_last))
 
     def forward(self, image_B3HW: Tensor) -> tuple[Tensor, LatentLosses]:
