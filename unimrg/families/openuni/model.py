@@ -30,7 +30,7 @@ from unimrg.sample import Task
 
 TRAIN_STEPS = 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
-PICTURES_AT_ONCE = 8  # in the autoencoder, whose first levels are as large as the picture
+DECODED_AT_ONCE = 8  # pictures in the autoencoder, whose last levels are as large as they
 
 
 class Flow(NamedTuple):
@@ -165,9 +165,8 @@ class OpenUni(Family):
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] to latents [B, C, h, w]."""
-        parts = pictures.split(PICTURES_AT_ONCE)
-        return torch.cat([self.encode_pixels(p.permute(0, 3, 1, 2).float() / 127.5 - 1) for p in parts])
+        """uint8 [B, S, S, 3] to latents [B, C, h, w]; in one call, since ranks must make equally many."""
+        return self.encode_pixels(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -184,7 +183,7 @@ class OpenUni(Family):
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to uint8 [B, S, S, 3]."""
-        return torch.cat([to_bytes(self.decode_pixels(part)) for part in latents.split(PICTURES_AT_ONCE)])
+        return torch.cat([to_bytes(self.decode_pixels(part)) for part in latents.split(DECODED_AT_ONCE)])
 
     # -- use -------------------------------------------------------------------------------------------------
 
