@@ -38,6 +38,7 @@ from unimrg.errors import (
 )
 from unimrg.families import load_family
 from unimrg.loop import StepOutput, fit
+from unimrg.lora import adapt, merged, save_adapter
 from unimrg.metrics import Meter
 from unimrg.packing import Batch
 from unimrg.sample import Sample, Task
@@ -46,6 +47,7 @@ from unimrg.weights import localized
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
+ADAPTER = "adapter"
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class _Worker:
         with _together(), localized(self.config.family, self.config.s3.store()) as local:
             model, tokenizer = family.build(local, self.config.seed)
             model.freeze(self.config.family.freeze, tasks)
+            adapt(model, self.config.family.lora, tasks, self.config.seed)
         model.train()
         self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)
         engine = make_engine(model, self.config.train, self.config.engine, device)
@@ -257,14 +260,16 @@ class _Worker:
                 self.monitor.event.remote("warning", str(error))
 
     def _export(self, engine: Engine, tokenizer: Any) -> None:
-        """A folder that `from_pretrained` loads: weights, configuration, tokenizer."""
+        """A folder that `from_pretrained` loads: weights, configuration, tokenizer; adapters also alone."""
         weights = engine.weights()
         if self.rank == 0:
             folder = Path(tempfile.mkdtemp(prefix="unimrg-model-"))
             try:
-                engine.model.save_pretrained(folder, state_dict=weights)
-                tokenizer.save_pretrained(folder)
-                self.store.upload(folder, MODEL)
+                engine.model.save_pretrained(folder / MODEL, state_dict=merged(engine.model, weights))
+                tokenizer.save_pretrained(folder / MODEL)
+                self.store.upload(folder / MODEL, MODEL)
+                if save_adapter(engine.model, weights, folder / ADAPTER):
+                    self.store.upload(folder / ADAPTER, ADAPTER)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             self.monitor.event.remote("finish", MODEL, engine.steps_done)

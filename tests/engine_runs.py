@@ -27,12 +27,13 @@ from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
 from unimrg.checkpoint import Progress, load_training, save_training
-from unimrg.config import EngineConfig, TrainConfig, WeightsConfig
+from unimrg.config import EngineConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
 from unimrg.errors import DataError
 from unimrg.families.base import Processor
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts
+from unimrg.lora import adapt, merged
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample
 
@@ -96,12 +97,14 @@ def make(
     weights: WeightsConfig = WEIGHTS,
     precision: str = "float32",
     dropout: float = 0,
+    lora: LoraConfig | None = None,
 ) -> tuple[Engine, HarmonProcessor]:
     """An engine around a fresh micro model with everything random, and its processor."""
     config = micro()
     config.mar.attn_dropout = config.mar.proj_dropout = dropout
     model = random_model(config)
     model.freeze([], weights.active())
+    adapt(model, lora or LoraConfig(), weights.active(), seed=0)
     model.train()
     processor = HarmonProcessor(config, tokenizer(), weights.active())
     return make_engine(model, train, engine_config(name, precision), CPU), processor
@@ -206,6 +209,29 @@ def refused(engine: str, folder: str) -> dict[str, Any]:
     except Exception as error:
         return {"kind": type(error).__name__, "message": str(error)}
     return {"kind": "", "message": ""}
+
+
+def train_adapters(engine: str, load: str = "", save: str = "") -> dict[str, Any]:
+    """Four steps with adapters, or those behind a checkpoint; what they reported, the state, and it merged.
+
+    save: where a checkpoint is left behind the second step.
+    """
+    made, processor = make(engine, train_config(4), lora=LoraConfig(rank=2, alpha=4.0))
+    first = load_training(Path(load), made).step if load else 0
+    seen: list[StepOutput] = []
+    rank, ranks = world()
+
+    def keep(output: StepOutput) -> None:
+        if output.step == 2:
+            mine = Path(f"{save}-rank{rank}")
+            save_training(mine, made, Progress(output.step, output.position, ranks, BATCH, {}))
+            shutil.copytree(mine, save, dirs_exist_ok=True)
+
+    every = {"save": keep, "save_every": 2} if save else {}
+    fit(made, batches(processor, first, 4, 1), WEIGHTS.by_task(), 4, observe=seen.append, **every)
+    weights = made.weights()
+    plain_weights = merged(made.model, weights) if rank == 0 else {}
+    return {"steps": [plain(output) for output in seen], "weights": weights, "merged": plain_weights}
 
 
 def leave_zero(engine: str, folder: str, precision: str) -> dict[str, Any]:

@@ -144,6 +144,15 @@ class Family(PreTrainedModel):
             {"params": groups[False], "weight_decay": 0.0},
         ]
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The language model's table of tokens, where PEFT looks for layers that are tied to it."""
+        for part in self.children():
+            if isinstance(part, PreTrainedModel):
+                found = part.get_input_embeddings()
+                if isinstance(found, torch.nn.Embedding):
+                    return found
+        raise NotImplementedError(f"{type(self).__name__} has no language model among its children")
+
     @property
     def device_of_weights(self) -> torch.device:
         return next(self.parameters()).device
