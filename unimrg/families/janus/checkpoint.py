@@ -24,7 +24,7 @@ from unimrg.families.janus.model import Janus
 from unimrg.weights import check_fits, load_strictly, read_state_dict
 
 TINY_VQ = Path(__file__).parent / "assets" / "tiny_vq.safetensors"
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 ORIGINAL = "original"
 """Subfolder of an export that holds the original layout."""
@@ -131,14 +131,12 @@ def from_published(config: JanusFamilyConfig, weights: Path) -> Janus:
         state = from_original(state)
     # The library's default says tied, also for files that have a head of their own.
     config.janus.tie_word_embeddings = HEAD not in state
-    if HEAD not in state and EMBEDDING in state:
-        state[HEAD] = state[EMBEDDING]
     with torch.device("meta"):
-        expected = Janus(config)
-    # Before minutes are spent on drawing weights for the wrong variant.
-    check_fits(expected.janus, state, str(weights))
-    model = Janus(config)
-    load_strictly(model.janus, state, str(weights))
+        expected = Janus(config).janus
+    check_fits(expected, state, str(weights), absent=() if HEAD in state else (HEAD,))
+    named = {f"janus.{name}": tensor for name, tensor in state.items()}
+    # By the library: it draws no weights first, which takes minutes, and keeps only one copy.
+    model: Janus = Janus.from_pretrained(None, config=config, state_dict=named, dtype=torch.float32)
     return model
 
 
