@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import families
 from tests.engine_runs import Group, samples
-from tests.tiny_harmon import micro, random_model, tokenizer
+from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg.config import FamilyConfig, LoraConfig
 from unimrg.errors import ConfigError, MissingExtraError
+from unimrg.families.base import Family
 from unimrg.families.harmon.checkpoint import WEIGHTS, from_folder, save_published
 from unimrg.families.harmon.model import Harmon
 from unimrg.families.harmon.processor import HarmonProcessor
@@ -281,3 +284,37 @@ def test_a_resumed_run_is_the_undisturbed_run(groups: dict[int, Group]) -> None:
     assert [step["total"] for step in resumed["steps"]] == pytest.approx(
         [step["total"] for step in whole["steps"][2:]], rel=1e-5
     )
+
+
+# -- every family --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_can_be_adapted_and_merged(name: str, tmp_path: Path) -> None:
+    """It begins at the model itself, its language model alone is adapted, and merged it does the same."""
+    rng = np.random.default_rng(0)
+    batch = families.processor(name)([random_sample(rng, families.SIDE, i) for i in range(2)])
+
+    def sums(model: Family) -> dict[Task, float]:
+        with torch.no_grad():
+            return {task: loss.sum.item() for task, loss in model.train()(batch).items()}
+
+    plain = families.shared_model(name)
+    model = families.fresh_model(name)
+    model.freeze((), TASKS)
+    adapt(model, LoraConfig(rank=2), TASKS, seed=0)
+    assert sums(model) == sums(plain)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(0, 0.1)
+    expected = sums(model)
+    assert expected != sums(plain)
+    state = merged(model, model.state_dict())
+    other = families.fresh_model(name)
+    other.load_state_dict(state)
+    assert sums(other) == pytest.approx(expected, rel=1e-4)
+    assert save_adapter(model, model.state_dict(), tmp_path)
+    again = families.fresh_model(name)
+    peft.PeftModel.from_pretrained(again, str(tmp_path))
+    assert sums(again) == expected
