@@ -49,7 +49,7 @@ class Janus(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "aligner", "llm", "generation")
-    LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    LORA_TARGETS = ("janus.model.language_model.*_proj",)
 
     def __init__(self, config: JanusFamilyConfig) -> None:
         super().__init__(config)
