@@ -19,7 +19,7 @@ from PIL import Image
 from tests.s3 import S3Server
 from unimrg import export, generate
 from unimrg.compose import run_command
-from unimrg.config import ExportConfig, FamilyConfig, GenerateConfig
+from unimrg.config import FAMILIES, ExportConfig, FamilyConfig, GenerateConfig
 from unimrg.errors import CheckpointError
 from unimrg.families import family_of, load_family
 from unimrg.storage import S3Config, Store
@@ -102,25 +102,42 @@ def test_a_question_is_answered_with_and_without_a_picture(work: Path) -> None:
     assert run("generate", *words)[0] == 0
 
 
-def test_export_there_and_back_is_bit_for_bit(work: Path, tmp_path: Path) -> None:
-    published, back = tmp_path / "published", tmp_path / "back"
-    assert run("export", f"checkpoint={work / 'model'}", f"out={published}") == (0, f"{published}\n", "")
-    assert sorted(p.name for p in published.glob("*.safetensors")) == [
-        "harmon.safetensors",
-        "vae.safetensors",
-    ]
-    words = [
-        "layout=pretrained",
-        f"weights={published / 'harmon.safetensors'}",
-        f"vae_weights={published / 'vae.safetensors'}",
-        "variant=tiny",
-        f"out={back}",
-    ]
-    assert run("export", *words)[0] == 0
-    files = sorted(p.name for p in (work / "model").iterdir())
-    assert sorted(p.name for p in back.iterdir()) == files
-    for name in files:
-        assert (back / name).read_bytes() == (work / "model" / name).read_bytes(), name
+# Family -> knob -> what of an export it is given, "" for the whole folder.
+PUBLISHED = {
+    "harmon": {"weights": "harmon.safetensors", "vae_weights": "vae.safetensors"},
+    "showo": {"weights": "", "vae_weights": "magvitv2"},
+    "openuni": {
+        "weights": "openuni.pth",
+        "language_weights": "internvl3",
+        "diffusion_weights": "transformer",
+        "vae_weights": "vae",
+    },
+    "janus": {"weights": ""},
+}
+
+
+def test_no_family_is_forgotten() -> None:
+    assert PUBLISHED.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_export_there_and_back_is_bit_for_bit(name: str, tmp_path: Path) -> None:
+    model, published, back = (tmp_path / part for part in ("model", "published", "back"))
+    fresh, tokenizer = load_family(name).build(FamilyConfig(name), seed=0)
+    fresh.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    assert run("export", f"checkpoint={model}", f"out={published}") == (0, f"{published}\n", "")
+    assert all((published / part).exists() for part in PUBLISHED[name].values())
+    parts = [f"{knob}={published / part}" for knob, part in PUBLISHED[name].items()]
+    words = ["layout=pretrained", f"family={name}", "variant=tiny", *parts, f"out={back}"]
+    status, _, err = run("export", *words)
+    assert status == 0, err
+    files = sorted(path.name for path in model.iterdir())
+    assert sorted(path.name for path in back.iterdir()) == files
+    for file in set(files) - {"config.json"}:  # may tell what the weights were made with
+        assert (back / file).read_bytes() == (model / file).read_bytes(), file
+    assert family_of(back) == name
+    assert run("export", f"checkpoint={model}", f"out={published}", "overwrite=true")[0] == 0
 
 
 def test_export_doesn_t_overwrite(work: Path, tmp_path: Path) -> None:
