@@ -54,7 +54,8 @@ class OpenUni(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "mlp1", "llm", "queries", "connector", "projector", "sana")
-    LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # Of the language model alone: the vision tower and the connector use the same names.
+    LORA_TARGETS = ("lmm.model.language_model.*_proj",)
 
     def __init__(self, config: OpenUniConfig) -> None:
         super().__init__(config)
