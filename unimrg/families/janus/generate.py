@@ -84,8 +84,8 @@ def sample_codes(
 ) -> Tensor:
     """Codes int64 [n, count] behind prompts [R, P, H]; the second half is unconditional unless guidance is 1.
 
-    Logits are `u + guidance * (c - u)` of the unconditional u and the conditional c (arXiv 2501.17811 keeps
-    Janus' rule, arXiv 2410.13848, section 3.4). temperature: 0 takes the likeliest code.
+    Logits are `u + guidance * (c - u)` of the unconditional u and the conditional c (arXiv 2410.13848, whose
+    rule arXiv 2501.17811 keeps). temperature: 0 takes the likeliest code.
     """
     cache = DynamicCache(config=model.config.janus.text_config)
     codes: list[Tensor] = []

@@ -120,9 +120,9 @@ class Janus(Family):
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to codes int64 [B, L].
 
-        The nearest code by angle, as the tokenizer was trained (arXiv 2406.06525, section 3.1) and as it is
-        decoded. transformers' own `encode` compares unnormalised vectors, which is the same only where all
-        codes are equally long.
+        The nearest code by angle, as the tokenizer was trained (arXiv 2406.06525) and as it is decoded.
+        transformers' own `encode` compares unnormalised vectors, which is the same only where all codes are
+        equally long.
         """
         vq = self.janus.model.vqmodel
         features = vq.quant_conv(vq.encoder(self._pixels(pictures))).flatten(2).transpose(1, 2)
