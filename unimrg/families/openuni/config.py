@@ -247,7 +247,7 @@ def tiny(vocab_size: int = 520) -> OpenUniConfig:
         attention_levels=1,
         attention_head_dim=16,
         multiscales=(),
-        scale=1.0,
+        scale=0.0197,
     )
     vision = InternVLVisionConfig(
         hidden_size=96,
