@@ -433,6 +433,10 @@ def test_published_files_keep_every_bit(
     assert all(
         torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model(clip).state_dict().items()
     )
+    batch = process([sample(conversations=1)], clip=clip)
+    losses, same = loaded.eval()(batch), model(clip)(batch)
+    assert all(torch.equal(losses[task].sum, same[task].sum) for task in Task)
+    assert not any(p.requires_grad for p in loaded.magvit.parameters())
     described = json.loads((tmp_path / "config.json").read_text())
     assert described == {
         "_class_name": "Showo",

@@ -93,9 +93,9 @@ def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
     source = " with ".join(filter(None, (config.weights, config.vae_weights, config.vision_weights)))
     with torch.device("meta"):
         expected = Showo(sizes)
-    check_fits(expected, state, source)  # before minutes are spent on drawing weights for the wrong variant
-    model = Showo(sizes)
-    load_strictly(model, state, source)
+    check_fits(expected, state, source)
+    # By the library: it draws no weights first, which takes minutes, and keeps only one copy.
+    model: Showo = Showo.from_pretrained(None, config=sizes, state_dict=state, dtype=torch.float32)
     return model
 
 

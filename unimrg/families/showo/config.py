@@ -71,6 +71,8 @@ class ShowoConfig(PreTrainedConfig):
         less than the picture to draw, or redrawing is copying (RecA, arXiv 2509.07295). Unused with `clip`.
     clip: the picture's encoder of the `w_clip_vit` models, or None to read the picture by its codes.
     system_prompt: text in front of the picture (with `clip`; empty = none).
+    guidance: default scale of classifier-free guidance in drawing, 1 = off: fresh weights have never seen the
+        published unconditional prompt, which has no picture.
     """
 
     model_type = "showo_unimrg"
@@ -85,6 +87,7 @@ class ShowoConfig(PreTrainedConfig):
     image_size: int = 256
     source_size: int = 128
     system_prompt: str = ""
+    guidance: float = 1.75
 
     def __post_init__(self, **kwargs: Any) -> None:
         magvit: Any = self.magvit
@@ -184,14 +187,26 @@ SYSTEM_PROMPT = (
 )
 
 
+GUIDANCE = {256: 1.75, 512: 5.0}
+"""By image size, as the published demonstrations draw."""
+
+
 def showo(image_size: int) -> ShowoConfig:
     """Reads a picture by the codes of its half-size copy."""
-    return ShowoConfig(llm=_phi(), image_size=image_size, source_size=image_size // 2)
+    return ShowoConfig(
+        llm=_phi(), image_size=image_size, source_size=image_size // 2, guidance=GUIDANCE[image_size]
+    )
 
 
 def showo_w_clip_vit(image_size: int) -> ShowoConfig:
     """Reads a picture through CLIP."""
-    return ShowoConfig(llm=_phi(), clip=_clip(), image_size=image_size, system_prompt=SYSTEM_PROMPT)
+    return ShowoConfig(
+        llm=_phi(),
+        clip=_clip(),
+        image_size=image_size,
+        system_prompt=SYSTEM_PROMPT,
+        guidance=GUIDANCE[image_size],
+    )
 
 
 def tiny(text_vocab: int = 512) -> ShowoConfig:
@@ -215,7 +230,13 @@ def tiny(text_vocab: int = 512) -> ShowoConfig:
         eos_token_id=0,
     )
     return ShowoConfig(
-        magvit=magvit, llm=llm, text_vocab=text_vocab, text_end=0, image_size=64, source_size=32
+        magvit=magvit,
+        llm=llm,
+        text_vocab=text_vocab,
+        text_end=0,
+        image_size=64,
+        source_size=32,
+        guidance=1.0,
     )
 
 

@@ -56,8 +56,8 @@ def draw(
     """Draw one picture per image, uint8 [S, S, 3]."""
     prompt = processor.drawing_branch(canonical_prompt(task), 0)
     guided = Prompts(model, [_row(model, processor, image, prompt) for image in images])
-    free = None
-    if options.guidance != 1:
+    guidance, free = options.guidance or model.config.guidance, None
+    if guidance != 1:
         branch = processor.drawing_branch(UNCONDITIONAL, 0)
         free = Prompts(model, [_row(model, processor, None, branch)] * len(images))
     cells = model.config.target_tokens
@@ -66,7 +66,7 @@ def draw(
     codes = torch.full((len(images), cells), UNKNOWN, device=model.device_of_weights)
     drawn = codes
     for step, temperature in enumerate(temperatures(options.temperature, steps)):
-        logits = code_logits(guided, free, codes, options.guidance)
+        logits = code_logits(guided, free, codes, guidance)
         left = masked_after(step, steps, cells)
         filled = fill_in(logits, codes, left, temperature, Noise.draw(logits, generator))
         drawn, codes = filled.drawn, filled.codes
