@@ -398,7 +398,7 @@ class GenerateConfig:
     question: str = knob("", "what to ask; the answer is printed")
     out: str = knob("", "where the drawing goes, .png; empty = <task>.png")
     iterations: int = knob(0, "decoding steps; 0 = the family's default")
-    guidance: float = knob(3.0, "classifier-free guidance scale; 1 = off")
+    guidance: float = knob(0.0, "classifier-free guidance scale; 1 = off, 0 = the family's default")
     temperature: float = knob(1.0, "of the sampler's noise")
     seed: int = knob(0, "another seed draws another picture")
     max_new_tokens: int = knob(128, "longest answer, tokens")

@@ -37,11 +37,12 @@ class DrawOptions:
     """How an image is drawn.
 
     iterations: decoding steps of the family's sampler, at least 1; 0 = the family's default.
-    guidance: classifier-free guidance scale, 1 = off. temperature: of the sampler's noise, 0 or more.
+    guidance: classifier-free guidance scale, 1 = off; 0 = the family's default.
+    temperature: of the sampler's noise, 0 or more.
     """
 
     iterations: int = 0
-    guidance: float = 3.0
+    guidance: float = 0.0
     temperature: float = 1.0
     seed: int = 0
 

@@ -88,6 +88,8 @@ class HarmonConfig(PreTrainedConfig):
 
     grad_scale: factor on the gradient that enters the clean image's embeddings.
     image_size: side of the square training picture in pixels.
+    guidance: default scale of classifier-free guidance in drawing, 1 = off: fresh weights have never seen the
+        published unconditional prompt, which has no picture.
     """
 
     model_type = "harmon_unimrg"
@@ -99,6 +101,7 @@ class HarmonConfig(PreTrainedConfig):
     llm: Qwen2Config = None
     grad_scale: float = 0.1
     image_size: int = 512
+    guidance: float = 3.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vae = self.vae if isinstance(self.vae, VAEConfig) else VAEConfig(**(self.vae or {}))
@@ -213,7 +216,7 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return HarmonConfig(vae=vae, mar=mar, llm=llm, image_size=64)
+    return HarmonConfig(vae=vae, mar=mar, llm=llm, image_size=64, guidance=1.0)
 
 
 # So that tokenizers beside a model load without a warning about an unknown kind of model.

@@ -65,7 +65,8 @@ def draw(
     """Draw one picture per image, uint8 [S, S, 3]."""
     ids = [*processor.open_ids, IMAGE_ID, *processor.encode(canonical_prompt(task) + CLOSE)]
     rows = [_embed(model, ids, image) for image in images]
-    if options.guidance != 1:
+    guidance = options.guidance or model.config.guidance
+    if guidance != 1:
         rows += [_embed(model, processor.encode(OPEN + UNCONDITIONAL + CLOSE), None)] * len(images)
     embeds, mask = _pad(rows, left=False)
     generator = torch.Generator(embeds.device).manual_seed(options.seed)
@@ -76,7 +77,7 @@ def draw(
         Prompt(model, embeds, mask),
         scores.argsort(1),
         iterations=options.iterations or min(DEFAULT_ITERATIONS, cells),
-        guidance=options.guidance,
+        guidance=guidance,
         temperature=options.temperature,
         generator=generator,
     )

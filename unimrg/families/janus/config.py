@@ -25,6 +25,8 @@ class JanusFamilyConfig(PreTrainedConfig):
     """transformers' configuration in `janus`, which may be a dictionary, as it stands in config.json.
 
     open_image_id: id of `OPEN_IMAGE`, which exported weights are told for the library's own drawing.
+    guidance: default scale of classifier-free guidance in drawing; 1 = off, since drawing from a picture is
+        trained without dropping it.
     """
 
     model_type = "janus_unimrg"
@@ -32,6 +34,7 @@ class JanusFamilyConfig(PreTrainedConfig):
 
     janus: JanusConfig = None
     open_image_id: int = 100016
+    guidance: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.janus = self.janus if isinstance(self.janus, JanusConfig) else JanusConfig(**(self.janus or {}))

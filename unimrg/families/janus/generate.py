@@ -65,12 +65,11 @@ def draw(
     """Draw one picture per image, uint8 [S, S, 3]. `options.iterations` says nothing: a step is a code."""
     ids = [*processor.question(canonical_prompt(task)), *processor.open_image]
     embeds = torch.stack([embed_prompt(model, processor, image, ids) for image in images])
-    if options.guidance != 1:
+    guidance = options.guidance or model.config.guidance
+    if guidance != 1:
         embeds = torch.cat([embeds, embed_nothing(model, processor, embeds.shape[1]).expand_as(embeds)])
     generator = torch.Generator(embeds.device).manual_seed(options.seed)
-    codes = sample_codes(
-        model, embeds, processor.codes, options.guidance, options.temperature, generator=generator
-    )
+    codes = sample_codes(model, embeds, processor.codes, guidance, options.temperature, generator=generator)
     return list(model.decode_pictures(codes).cpu().numpy())
 
 

@@ -92,7 +92,8 @@ class OpenUniConfig(PreTrainedConfig):
 
     num_queries: learnable queries behind every drawing prompt. image_size: side of the square training
     picture in pixels; the vision tower sees it resized to its own. flow_shift: timestep shift of sampling
-    (training has none). sampling_steps: default steps of the sampler.
+    (training has none). sampling_steps: default steps of the sampler. guidance: default scale of
+    classifier-free guidance in drawing; 1 = off, since drawing from a picture is trained without dropping it.
     """
 
     model_type = "openuni_unimrg"
@@ -107,6 +108,7 @@ class OpenUniConfig(PreTrainedConfig):
     image_size: int = 512
     flow_shift: float = 3.0
     sampling_steps: int = 20
+    guidance: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.lmm = self.lmm if isinstance(self.lmm, InternVLConfig) else InternVLConfig(**(self.lmm or {}))

@@ -63,7 +63,8 @@ def draw(
     picture; it is the same for all images and is computed once.
     """
     conditions = prompt_conditions(model, processor, images, canonical_prompt(task), task)
-    if options.guidance != 1:
+    guidance = options.guidance or model.config.guidance
+    if guidance != 1:
         nothing = prompt_conditions(model, processor, [None], UNCONDITIONAL, task)
         conditions = torch.cat([nothing.expand_as(conditions), conditions])
     shape = (len(images), model.config.vae.latent_channels, *model.grid)
@@ -71,7 +72,7 @@ def draw(
     noise = torch.randn(shape, generator=generator, device=conditions.device) * options.temperature
     scheduler = libraries.dpm_solver(model.config.flow_shift)
     scheduler.set_timesteps(options.iterations or model.config.sampling_steps, device=conditions.device)
-    latents = sample_latents(model, conditions, noise, scheduler, options.guidance)
+    latents = sample_latents(model, conditions, noise, scheduler, guidance)
     return list(model.decode_pictures(latents).cpu().numpy())
 
 
