@@ -25,8 +25,8 @@ def from_fixture(golden: dict[str, Any]) -> OpenUniConfig:
     connector = golden["connector"]
     assert golden["proj_type"] == "enc_proj"
     assert golden["chat"]["ps_version"] == "v2"
-    rope = {"rope_theta": text.pop("rope_theta"), **text.pop("rope_scaling")}
-    rope.pop("type")
+    rope = {"rope_theta": text.pop("rope_theta"), **(text.pop("rope_scaling") or {"rope_type": "default"})}
+    rope.pop("type", None)  # an older word for the same
     lmm = InternVLConfig(
         vision_config=InternVLVisionConfig(
             attention_bias=vision.pop("qkv_bias"),
@@ -57,6 +57,8 @@ def from_fixture(golden: dict[str, Any]) -> OpenUniConfig:
 
 
 def _dc_ae(vae: dict[str, Any]) -> DCAEConfig:
+    assert vae["encoder_block_types"] == vae["decoder_block_types"]
+    assert vae["encoder_block_out_channels"] == vae["decoder_block_out_channels"]
     return DCAEConfig(
         latent_channels=vae["latent_channels"],
         widths=vae["encoder_block_out_channels"],

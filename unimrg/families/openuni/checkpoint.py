@@ -149,9 +149,11 @@ def _own_state(weights: str) -> dict[str, Tensor]:
 def _nowhere(part: str, config: FamilyConfig) -> ConfigError | CheckpointError:
     knob = PARTS[part]
     if knob == "weights":
-        return CheckpointError(f"{config.weights} lacks {part}; give a file of OpenUni as published")
+        return CheckpointError(
+            f"{config.weights} lacks {part.rstrip('.')}; give a file of OpenUni as published"
+        )
     what = {"lmm.": "InternVL3", "transformer.": "SANA", "vae.": "DC-AE"}[part]
-    where = f", and {config.weights} doesn't hold {part}" if config.weights else ""
+    where = f", and {config.weights} doesn't hold {part.rstrip('.')}" if config.weights else ""
     return ConfigError(f"family.{knob} is empty{where}; give the folder or file of {what}")
 
 
