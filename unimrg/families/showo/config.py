@@ -72,7 +72,7 @@ class ShowoConfig(PreTrainedConfig):
     clip: the picture's encoder of the `w_clip_vit` models, or None to read the picture by its codes.
     system_prompt: text in front of the picture (with `clip`; empty = none).
     guidance: default scale of classifier-free guidance in drawing, 1 = off; Show-o's own scale is this minus
-        1. Off for fresh weights: dropped prompts (`train.prompt_dropout`) teach what it contrasts with slowly.
+        1. Off for fresh weights: what it contrasts with is learnt from few dropped prompts.
     """
 
     model_type = "showo_unimrg"
