@@ -156,7 +156,7 @@ def test_folders_that_can_t_be_loaded(model: Harmon, tmp_path: Path) -> None:
     state["surprise"] = torch.zeros(1)
     del state["mar.mask_token"]
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"missing_keys.*mar\.mask_token.*unexpected_keys.*surprise"):
+    with pytest.raises(CheckpointError, match=r"1 missing \(mar\.mask_token\); 1 unexpected \(surprise\)"):
         from_folder(tmp_path)
     weights.unlink()
     torch.save({"a": Bomb(tmp_path / "trace")}, tmp_path / "pytorch_model.bin")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.published import PUBLISHED
 from tests.s3 import S3Server
 from unimrg import export, generate
 from unimrg.compose import run_command
@@ -100,20 +101,6 @@ def test_a_question_is_answered_with_and_without_a_picture(work: Path) -> None:
     status, said, err = run("generate", *words, f"image={work / 'photo.jpg'}")
     assert status == 0 and said.count("\n") >= 1, err
     assert run("generate", *words)[0] == 0
-
-
-# Family -> knob -> what of an export it is given, "" for the whole folder.
-PUBLISHED = {
-    "harmon": {"weights": "harmon.safetensors", "vae_weights": "vae.safetensors"},
-    "showo": {"weights": "", "vae_weights": "magvitv2"},
-    "openuni": {
-        "weights": "openuni.pth",
-        "language_weights": "internvl3",
-        "diffusion_weights": "transformer",
-        "vae_weights": "vae",
-    },
-    "janus": {"weights": ""},
-}
 
 
 def test_no_family_is_forgotten() -> None:

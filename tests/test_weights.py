@@ -13,13 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests import families
 from tests.bomb import Bomb
 from tests.engine_runs import Group
+from tests.published import PUBLISHED
 from unimrg.config import FamilyConfig
 from unimrg.errors import CheckpointError
+from unimrg.families import load_family
 from unimrg.families.harmon import build
 from unimrg.families.tokenizer import TINY_FOLDER
-from unimrg.weights import check_fits, load_strictly, read_state_dict
+from unimrg.storage import S3Config
+from unimrg.weights import check_fits, load_strictly, localized, read_state_dict
 from unimrg.zero import find_zero, merge_zero
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.arange(3), "b": torch.ones(1).bfloat16()}
@@ -244,6 +248,47 @@ def test_the_family_of_the_names_is_suggested() -> None:
     ):
         with pytest.raises(CheckpointError, match=f"are those of {family}: choose family={family}"):
             check_fits(model, {name: torch.ones(1)}, "file")
+
+
+def test_adapters_apart_are_no_model() -> None:
+    with pytest.raises(CheckpointError, match=r"it holds adapters apart: give model/ of its run"):
+        check_fits(Two(), {"llm.lora_A.default.weight": torch.ones(1)}, "file")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of every family as published, and in `ours` as we save it."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in families.NAMES:
+        (folder / name).mkdir()
+        load_family(name).save_published(families.shared_model(name), folder / name)
+        families.shared_model(name).save_pretrained(folder / "ours" / name)
+        families.processor(name).tokenizer.save_pretrained(folder / "tokenizers" / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [(name, other) for name in families.NAMES for other in families.NAMES if name != other]
+)
+def test_the_weights_of_another_family(published: Path, name: str, other: str) -> None:
+    """Refused in one sentence, before a model is made."""
+
+    def config(weights: Path) -> FamilyConfig:
+        own = {knob: str(published / name / part) for knob, part in PUBLISHED[name].items()}
+        tokenizer = str(published / "tokenizers" / name)
+        return FamilyConfig(name, **(own | {"weights": str(weights), "tokenizer": tokenizer}))
+
+    with pytest.raises(CheckpointError) as refused:
+        load_family(name).build(config(published / other / PUBLISHED[other]["weights"]), 0)
+    said = str(refused.value)
+    assert f"the names are those of {other}" in said or "give a file of" in said, said
+    assert "\n" not in said
+    ours = config(published / "ours" / other)
+    with (
+        pytest.raises(CheckpointError, match=f"is a model of {other}; choose family={other}"),
+        localized(ours, S3Config()),
+    ):
+        pass
 
 
 # -- DeepSpeed -----------------------------------------------------------------------------------------------

@@ -40,15 +40,17 @@ def main(config: ExportConfig) -> None:
     s3 = config.s3.store()
     store = Store.at(config.out, s3)
     replaced = _replaced(store, config.overwrite)
-    source = _source(config)
     if config.layout == "published":
         check_place("checkpoint", config.checkpoint, s3)
     else:
-        check_reachable(source, s3, section="")
+        check_reachable(_source(config), s3, section="")
     store.check_writable()
     with tempfile.TemporaryDirectory(prefix="unimrg-") as temporary:
         folder = Path(temporary)
-        _convert(source, config, folder)
+        if config.layout == "published":
+            _to_published(config, folder)
+        else:
+            _to_pretrained(config, folder)
         _check_same_folders(store, replaced, folder)
         for entry in replaced:
             store.delete(entry.path)
@@ -56,10 +58,30 @@ def main(config: ExportConfig) -> None:
     print(config.out)
 
 
+def _to_published(config: ExportConfig, folder: Path) -> None:
+    from unimrg.families import family_of, load_family
+    from unimrg.weights import fetch
+
+    source = fetch("checkpoint", config.checkpoint, config.s3.store())
+    name = family_of(source)
+    family = load_family(name)
+    model, tokenizer = family.build(FamilyConfig(name, weights=str(source)), seed=0)
+    family.save_published(model, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _to_pretrained(config: ExportConfig, folder: Path) -> None:
+    from unimrg.families import load_family
+    from unimrg.weights import localized
+
+    with localized(_source(config), config.s3.store(), section="") as source:
+        model, tokenizer = load_family(source.name).build(source, seed=0)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def _source(config: ExportConfig) -> FamilyConfig:
-    """Where the model comes from. The family of our own folder is read from it later."""
-    if config.layout == "published":
-        return FamilyConfig(weights=config.checkpoint)
+    """The published files, as a run would name them."""
     return FamilyConfig(
         name=config.family,
         variant=config.variant,
@@ -70,22 +92,6 @@ def _source(config: ExportConfig) -> FamilyConfig:
         vae_weights=config.vae_weights,
         tokenizer=config.tokenizer or _beside(config),
     )
-
-
-def _convert(source: FamilyConfig, config: ExportConfig, folder: Path) -> None:
-    from unimrg.families import family_of, load_family
-    from unimrg.weights import localized
-
-    with localized(source, config.s3.store(), section="") as local:
-        if config.layout == "published":
-            local.name = family_of(Path(local.weights))
-        family = load_family(local.name)
-        model, tokenizer = family.build(local, seed=0)
-        if config.layout == "published":
-            family.save_published(model, folder)
-        else:
-            model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def _replaced(store: Store, overwrite: bool) -> list[Entry]:

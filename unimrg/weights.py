@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimrg.config import FamilyConfig
+from unimrg.config import FAMILIES, FamilyConfig
 from unimrg.errors import CheckpointError, ConfigError, first_line
 from unimrg.storage import Entry, S3Config, Store
 from unimrg.zero import find_zero, merge_zero
@@ -44,6 +44,8 @@ SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 WEIGHTS = (SAFETENSORS, *PICKLES)
 HUB_SECONDS = 10.0  # for one answer about a repository
+
+OURS = "_unimrg"  # ends `model_type` of the folders that we save
 
 STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Names under which libraries save a model's weights in a folder."""
@@ -101,11 +103,17 @@ def localized(
 
     only_descriptions: fetch what describes a model (json, tokenizers) and no weights. section: what stands
     before the knobs' names in messages.
-    Raises CheckpointError when nothing is there, StorageError when object storage fails.
+    Raises CheckpointError when nothing is there or it is a model of another family, StorageError when object
+    storage fails.
     """
     paths: dict[str, Any] = {
         key: str(fetch(f"{section}{key}", text, s3, only_descriptions)) for key, text in _places(config)
     }
+    kind = model_type(paths.get("weights", "")).removesuffix(OURS)
+    if kind in FAMILIES and kind != config.name:
+        raise CheckpointError(
+            f"{section}weights: {config.weights} is a model of {kind}; choose family={kind}"
+        )
     yield dataclasses.replace(config, **paths)
 
 
@@ -357,6 +365,44 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return state
 
 
+def model_type(weights: str | Path) -> str:
+    """What config.json of a folder of weights says it is; "" for files, and for folders without one.
+
+    Raises CheckpointError for a config.json that can't be read.
+    """
+    path = Path(weights) / "config.json"
+    if not str(weights) or not path.is_file():
+        return ""
+    try:
+        return str(json.loads(path.read_text("utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be read ({first_line(error)}); fetch it again") from error
+
+
+def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
+    """A model of class `kind` from a folder of its `save_pretrained`, every key accounted for.
+
+    options: of `from_pretrained`. Raises CheckpointError when a key is missing, unexpected or misshapen, or
+    when a file is missing, damaged or a pickle.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
+        raise CheckpointError(
+            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
+        ) from error
+    wrong = [
+        _shortened(sorted(map(str, found[key])), key.partition("_")[0])
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if found[key]
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}; save or fetch it again")
+    return model
+
+
 # -- matching ------------------------------------------------------------------------------------------------
 
 
@@ -400,11 +446,13 @@ def _shortened(names: list[str], kind: str) -> str:
 
 
 def _advice(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """The family whose names these are, if it is another one than the model's."""
+    """What may have been meant: a run's merged model, or another family whose names these are."""
 
     def those_of(names: Mapping[str, Tensor], beginnings: tuple[str, ...]) -> bool:
         return any(name.startswith(beginnings) for name in names)
 
+    if any(".lora_A." in name for name in state):
+        return "it holds adapters apart: give model/ of its run, where they are merged"
     for family, beginnings in TELLTALES.items():
         if those_of(state, beginnings) and not those_of(own, beginnings):
             return f"the names are those of {family}: choose family={family}, or the right file"

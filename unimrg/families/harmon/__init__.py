@@ -9,10 +9,12 @@ from typing import Any
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.errors import ConfigError
 from unimrg.families.harmon import checkpoint
+from unimrg.families.harmon.config import HarmonConfig
 from unimrg.families.harmon.model import Harmon
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.families.tokenizer import SPECIAL_TOKENS, tokenizer_for
 from unimrg.sample import Task
+from unimrg.weights import model_type
 
 __all__ = ["Harmon", "HarmonProcessor", "build", "image_size", "processor", "save_published"]
 
@@ -22,8 +24,6 @@ save_published = checkpoint.save_published
 def image_size(config: FamilyConfig) -> int:
     """Side of the training picture in pixels, without building the model."""
     if _is_folder(config.weights):
-        from unimrg.families.harmon.config import HarmonConfig
-
         return HarmonConfig.from_pretrained(config.weights).image_size
     return checkpoint.variant_config(config.variant).image_size
 
@@ -65,4 +65,5 @@ def processor(
 
 
 def _is_folder(weights: str) -> bool:
-    return bool(weights) and (Path(weights) / "config.json").is_file()
+    """Whether that is a folder of our own `save_pretrained`."""
+    return model_type(weights) == HarmonConfig.model_type

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unimrg.errors import CheckpointError, first_line
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
-from unimrg.weights import check_fits, load_strictly, read_state_dict
+from unimrg.weights import check_fits, load_folder, load_strictly, read_state_dict
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"
@@ -47,21 +46,7 @@ def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
     options = (
         {} if dropout is None else {"config": with_dropout(HarmonConfig.from_pretrained(folder), dropout)}
     )
-    try:
-        model, info = Harmon.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
-        raise CheckpointError(
-            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
-        ) from error
-    wrong = [
-        f"{key}: {sorted(info[key])[:3]}"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[key]
-    ]
-    if wrong:
-        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
+    model: Harmon = load_folder(Harmon, folder, **options)
     return model
 
 
