@@ -195,11 +195,13 @@ class Autoencoder(ABC):
 
     module: the network; its state is what is stored. stored_as: the numbers of the file.
     soft: the share of the training in which latents aren't quantised yet; none when it goes on from weights.
+    decay: of the kernels, per step and unit of the learning rate.
     """
 
     module: nn.Module
     stored_as: torch.dtype = torch.float16
     soft: float = 0.08
+    decay: float = 0.0
 
     @abstractmethod
     def loss(self, x_B3SS: Tensor, done: float) -> Tensor:
@@ -278,7 +280,14 @@ class HarmonVAE(Autoencoder):
 
 
 class OpenUniDCAE(Autoencoder):
-    """Deep compression autoencoder (arXiv 2410.10733), whose latents are smoothed by noise alone."""
+    """Deep compression autoencoder (arXiv 2410.10733), whose latents are smoothed by noise alone.
+
+    Its residual branches end in norms: when kernels and latents grow, the branches count for nothing beside
+    the shortcuts, and what is learnt is linear. Decay and a penalty keep them small.
+    """
+
+    SIZE = 1e-3  # weight of the latents' mean square
+    decay = 0.3
 
     def __init__(self) -> None:
         self.module: Any = dc_ae(tiny_openuni().vae)
@@ -297,8 +306,7 @@ class OpenUniDCAE(Autoencoder):
     def loss(self, x_B3SS: Tensor, done: float) -> Tensor:
         z = self.latents(x_B3SS)
         noise = LATENT_NOISE * z.detach().std() * torch.randn_like(z)
-        size = KL_WEIGHT * 0.5 * z.square().sum() / x_B3SS.numel()
-        return pixel_error(self.decode(z + noise) - x_B3SS) + size
+        return pixel_error(self.decode(z + noise) - x_B3SS) + self.SIZE * z.square().mean()
 
     def redraw(self, x_B3SS: Tensor) -> Tensor:
         return self.decode(self.latents(x_B3SS))
@@ -375,27 +383,79 @@ class JanusVQ(Autoencoder):
 
 
 class ShowoMagvit(Autoencoder):
-    """Look-up-free quantisation (arXiv 2310.05737). Pictures to be read have half the side of those drawn."""
+    """Look-up-free quantisation (arXiv 2310.05737). Pictures to be read have half the side of those drawn.
 
+    First without quantisation but with noise. Then the two 1x1 convolutions around the signs take up the
+    turn of the whitened latents in which signs say most, so that all bits are used from the start: left to
+    themselves, most of them repeat the brightness.
+    """
+
+    NOISE = 0.2  # of each channel's standard deviation
+    COLOUR = 6.0  # weight of the error's part that isn't grey: few bits are left for it
     COMMITMENT = 0.02
-    ENTROPY = 0.02
-    NOISE = 0.3
+    ENTROPY = 0.05
+    soft = 0.3  # whatever hue isn't in the latents by then is hard to bring back
 
     def __init__(self) -> None:
         self.module: Magvit = Magvit(tiny_showo().magvit)
         open_paths(self.module, {ResidualBlock: "conv2", AttentionBlock: "proj_out"})
-        self.steps = 0
+        self.steps, self.turned = 0, False
+
+    def load(self, file: Path) -> None:
+        super().load(file)
+        self.turned = True
 
     def loss(self, x_B3SS: Tensor, done: float) -> Tensor:
         self.steps += 1
         if x_B3SS.shape[-1] == SIDE and self.steps % 4 == 0:
             x_B3SS = shrink(x_B3SS, tiny_showo().source_size)
         z = self.module.latents(x_B3SS)
-        signs, losses = self.module.quantize(z)
         if done < self.soft:
-            signs = z.tanh() + self.NOISE * torch.randn_like(z)
-        error = pixel_error(self.module.decoder(signs) - x_B3SS)
-        return error + self.COMMITMENT * losses.commitment + self.ENTROPY * losses.entropy
+            noise = self.NOISE * z.detach().std((0, 2, 3), keepdim=True) * torch.randn_like(z)
+            return self.error(self.module.decoder(z + noise) - x_B3SS)
+        if not self.turned:
+            self.turn(z.detach())
+            z = self.module.latents(x_B3SS)
+        signs, losses = self.module.quantize(z)
+        error = self.error(self.module.decoder(signs) - x_B3SS)
+        return error + self.COMMITMENT * losses.commitment + self.ENTROPY * self.entropy(z)
+
+    def error(self, error_B3SS: Tensor) -> Tensor:
+        colour = error_B3SS - error_B3SS.mean(1, keepdim=True)
+        return pixel_error(error_B3SS) + self.COLOUR * colour.square().mean()
+
+    @torch.no_grad()
+    def turn(self, z_BCHW: Tensor) -> None:
+        """Iterative quantisation (Gong and Lazebnik, CVPR 2011) of the whitened latents, into the weights."""
+        flat = z_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
+        mean = flat.mean(0)
+        variances, axes = torch.linalg.eigh(torch.cov(flat.T))
+        whiten = axes / variances.clamp(min=1e-4 * float(variances.max())).sqrt()
+        white = (flat - mean) @ whiten
+        rotation = torch.linalg.qr(torch.randn(len(mean), len(mean)))[0]
+        for _ in range(50):
+            u, _, v = torch.linalg.svd(white.T @ (white @ rotation).sign())
+            rotation = u @ v
+        into = whiten @ rotation  # a latent z becomes (z - mean) @ into
+        size = (white @ rotation).abs().mean()  # of a channel, where its sign is known
+        before, after = self.module.encoder.quant_conv, self.module.decoder.post_quant_conv
+        before.weight.copy_((into.T @ before.weight.flatten(1)).view_as(before.weight))
+        before.get_parameter("bias").copy_((before.get_parameter("bias") - mean) @ into)
+        back = after.weight.flatten(1)
+        after.get_parameter("bias").add_(back @ mean)
+        after.weight.copy_((size * back @ into.inverse().T).view_as(after.weight))
+        self.turned = True
+
+    def entropy(self, z_BCHW: Tensor) -> Tensor:
+        """Entropy of a cell's code minus that of all cells' codes (equation 5 of the paper), per bit.
+
+        Over whole codes: bits that are each used evenly but always together would waste most codes.
+        """
+        logits = torch.einsum("bchw,kc->bhwk", 2 * z_BCHW, self.module.quantize.embedding)
+        log_shares = logits.log_softmax(-1).flatten(0, 2)
+        shares = log_shares.exp()
+        of_all = torch.special.entr(shares.mean(0).clamp(min=1e-9)).sum()
+        return (-(shares * log_shares).sum(1).mean() - of_all) / self.module.config.code_bits
 
     def redraw(self, x_B3SS: Tensor) -> Tensor:
         side = x_B3SS.shape[-1] // self.module.config.stride
@@ -423,8 +483,10 @@ class Muon(torch.optim.Optimizer):
     all singular values of the update equal, the small directions are learnt at the same pace.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9, decay: float = 0.0
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -434,6 +496,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * group["decay"])
                 p.sub_(update.reshape(p.shape), alpha=group["lr"] * scale)
 
 
@@ -472,11 +535,12 @@ def train(
 ) -> None:
     """`corners` steps on quarters of pictures, then `steps` on whole ones; linear warm-up and decay.
 
-    What is there after every 500 steps is written to `save`.
+    What is there after every 250 steps is written to `save`.
     """
     weights = [p for p in subject.module.parameters() if p.requires_grad]
     kernels, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
-    optimisers = [Muon(kernels, rate), torch.optim.AdamW(others, 0.2 * rate, (0.9, 0.95), weight_decay=0.0)]
+    muon = Muon(kernels, rate, decay=subject.decay)
+    optimisers = [muon, torch.optim.AdamW(others, 0.2 * rate, (0.9, 0.95), weight_decay=0.0)]
     total, began, mean_loss = corners + steps, time.monotonic(), 0.0
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda k: min((k + 1) / 50, 1 - k / total)) for o in optimisers
@@ -492,7 +556,7 @@ def train(
         mean_loss += (loss.item() - mean_loss) / min(step, 50)
         if step % 100 == 0:
             print(f"step {step} loss {mean_loss:.4f} seconds {time.monotonic() - began:.0f}", flush=True)
-        if step % 500 == 0:
+        if step % 250 == 0:
             subject.save(save)
 
 
