@@ -114,7 +114,9 @@ class FamilyConfig:
     language_weights: str = knob(
         "", "published language model that a family starts from (openuni: InternVL3)"
     )
-    diffusion_weights: str = knob("", "published image model that a family starts from (openuni: SANA)")
+    diffusion_weights: str = knob(
+        "", "published image model that a family starts from (openuni: SANA, like hf://org/name/transformer)"
+    )
     vision_weights: str = knob("", "published picture encoder that a family needs (showo with CLIP)")
     vae_weights: str = knob("", "the published picture autoencoder or tokenizer; goes with published weights")
     tokenizer: str = knob("", "folder with tokenizer.json; empty = beside the weights, or the tiny one")

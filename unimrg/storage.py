@@ -18,7 +18,6 @@ import posixpath
 import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -389,26 +388,6 @@ class Store:
                 for folder in sorted((info.path for info in below), key=len, reverse=True):
                     self.filesystem().delete_dir(folder)
                 self.filesystem().delete_dir(key)
-
-
-@contextlib.contextmanager
-def local_copy(url: str, s3: S3Config = S3Config()) -> Iterator[Path]:
-    """The file or folder at `url` as a local path: itself when it is local, else a copy while in the block.
-
-    Raises StorageError when nothing is there or it can't be read.
-    """
-    store = Store.at(url, s3)
-    store.check_readable()
-    if store.is_local:
-        yield Path(store.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="unimrg-") as folder:
-        above, name = posixpath.split(store.root)
-        if store.size("") is None:
-            store.download("", Path(folder, name))
-        else:
-            Store(store._scheme, above, s3).download(name, folder)
-        yield Path(folder, name)
 
 
 DENIED = re.compile(
