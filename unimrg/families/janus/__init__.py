@@ -14,6 +14,7 @@ from unimrg.families.janus.model import Janus
 from unimrg.families.janus.processor import JanusPackedProcessor
 from unimrg.families.tokenizer import tokenizer_for
 from unimrg.sample import Task
+from unimrg.weights import load_folder, model_type
 
 __all__ = ["Janus", "JanusPackedProcessor", "build", "image_size", "processor", "save_published"]
 
@@ -40,8 +41,8 @@ def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
     tokenizer = tokenizer_for(config, TOKENS, "Janus-Pro", TINY_TOKENS)
     if not config.weights:
         return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
-    if checkpoint.described(config.weights) == JanusFamilyConfig.model_type:
-        return checkpoint.from_folder(Path(config.weights)), tokenizer
+    if model_type(config.weights) == JanusFamilyConfig.model_type:
+        return load_folder(Janus, Path(config.weights)), tokenizer
     return checkpoint.from_published(sizes, Path(config.weights)), tokenizer
 
 

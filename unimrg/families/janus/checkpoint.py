@@ -8,7 +8,6 @@ codes' usage counts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from torch import Tensor
 from transformers import GenerationConfig, JanusConfig
 
 from unimrg.config import FamilyConfig, require_choice
-from unimrg.errors import CheckpointError, first_line
 from unimrg.families.janus.config import VARIANTS, JanusFamilyConfig
 from unimrg.families.janus.model import Janus
-from unimrg.weights import check_fits, load_strictly, read_state_dict
+from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
 
 TINY_VQ = Path(__file__).parent / "assets" / "tiny_vq.safetensors"
 HEAD = "lm_head.weight"
@@ -73,9 +71,9 @@ UNUSED = ("vision_model.vision_tower.attn_pool.", "gen_vision_model.quantize.cod
 def sizes(config: FamilyConfig) -> JanusFamilyConfig:
     """The model's numbers: of the folder of weights if it describes them, else of the variant.
 
-    Raises ConfigError for an unknown variant.
+    Raises ConfigError for an unknown variant, CheckpointError for a description that can't be read.
     """
-    kind = described(config.weights)
+    kind = model_type(config.weights)
     if kind == JanusFamilyConfig.model_type:
         return JanusFamilyConfig.from_pretrained(config.weights)
     if kind == JanusConfig.model_type:
@@ -84,43 +82,12 @@ def sizes(config: FamilyConfig) -> JanusFamilyConfig:
     return VARIANTS[config.variant]()
 
 
-def described(weights: str) -> str:
-    """`model_type` in config.json of a folder of weights; "" without one."""
-    path = Path(weights) / "config.json"
-    if not weights or not path.is_file():
-        return ""
-    try:
-        return str(json.loads(path.read_text("utf-8")).get("model_type", ""))
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} can't be read ({first_line(error)}); fetch it again") from error
-
-
 def fresh(config: JanusFamilyConfig, seed: int, tiny: bool) -> Janus:
     """New weights from a seed; the tiny size has a trained picture tokenizer of its own."""
     torch.manual_seed(seed)
     model = Janus(config)
     if tiny:
         load_strictly(model.janus.model.vqmodel, read_state_dict(TINY_VQ), str(TINY_VQ))
-    return model
-
-
-def from_folder(folder: Path) -> Janus:
-    """A folder of `save_pretrained`, every key accounted for.
-
-    Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
-    """
-    try:
-        model, info = Janus.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
-        raise CheckpointError(
-            f"{folder} can't be loaded ({first_line(error)}); give a folder of save_pretrained"
-        ) from error
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{kind}: {sorted(info[kind])[:3]}" for kind in kinds if info[kind]]
-    if wrong:
-        raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}")
     return model
 
 
