@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimrg import compose as module
-from unimrg.compose import compose, run_command
+from unimrg.compose import compose, config_folder, run_command
 from unimrg.config import ExportConfig, GenerateConfig, RunConfig, knob
 from unimrg.errors import ConfigError
 
@@ -34,6 +34,7 @@ def run(
     return status, out.getvalue(), err.getvalue()
 
 
+PRESETS = ", ".join(sorted(path.stem for path in (config_folder() / "family").glob("*.yaml")))
 REFUSED = {
     "train.stepz=5": "unknown key 'train.stepz'; did you mean 'train.steps'?",
     "steps=5": "unknown key 'steps'; did you mean 'train.steps'?",
@@ -41,8 +42,8 @@ REFUSED = {
     "nonsense=5": "unknown key 'nonsense'; --help lists all keys",
     "hydra.run.dir=x": "unknown key 'hydra.run.dir'; --help lists all keys",
     "family=harmonn": "family=harmonn: unknown; did you mean 'harmon'?",
-    "family=x": "family=x: unknown; choose from harmon, harmon_0_5b, harmon_1_5b",
-    "family={variant: tiny}": "family={variant: tiny}: unknown; choose from harmon, harmon_0_5b, harmon_1_5b",
+    "family=x": f"family=x: unknown; choose from {PRESETS}",
+    "family={variant: tiny}": f"family={{variant: tiny}}: unknown; choose from {PRESETS}",
     "train.steps=many": "train.steps: 'many' is not an integer",
     "train.steps=1.5": "train.steps: '1.5' is not an integer",
     "train.steps=": "train.steps: '' is not an integer",
