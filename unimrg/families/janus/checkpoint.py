@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import GenerationConfig, JanusConfig
 
 from unimrg.config import FamilyConfig, require_choice
@@ -86,8 +87,15 @@ def fresh(config: JanusFamilyConfig, seed: int, tiny: bool) -> Janus:
     """New weights from a seed; the tiny size has a trained picture tokenizer of its own."""
     torch.manual_seed(seed)
     model = Janus(config)
+    core = model.janus.model
     if tiny:
-        load_strictly(model.janus.model.vqmodel, read_state_dict(TINY_VQ), str(TINY_VQ))
+        load_strictly(core.vqmodel, read_state_dict(TINY_VQ), str(TINY_VQ))
+    # As the library draws them, codes would enter the language model a hundred times smaller than words.
+    with torch.no_grad():
+        core.generation_embeddings.weight.copy_(normalize(core.vqmodel.quantize.embedding.weight, dim=-1))
+    for aligner in (core.aligner, core.generation_aligner):
+        for layer in (aligner.fc1, *aligner.hidden_layers):
+            torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     return model
 
 
