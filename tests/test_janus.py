@@ -13,6 +13,7 @@ from transformers import JanusForConditionalGeneration
 
 from tests.tiny_harmon import random_sample
 from tests.tiny_janus import make_processor, micro, random_model, tokenizer
+from unimrg.benchmarks.dense import psnr
 from unimrg.compose import compose
 from unimrg.config import FamilyConfig, RunConfig, TrainConfig
 from unimrg.errors import CheckpointError, ConfigError
@@ -126,6 +127,20 @@ def test_codes_survive_the_way_through_pixels(model: Janus) -> None:
     assert codes.min() >= 0 and codes.max() < model.config.janus.vq_config.num_embeddings
     drawn = model.decode_pictures(codes)
     assert drawn.shape == (3, SIDE, SIDE, 3) and drawn.dtype == torch.uint8
+
+
+@torch.no_grad()
+def test_fresh_tiny_weights_can_learn() -> None:
+    """Words, pictures and codes are about equally large, and the picture tokenizer is a trained one."""
+    fresh, _ = janus.build(FamilyConfig(name="janus"), 0)
+    core = fresh.janus.model
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)
+    picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 255 - ramp[None]), axis=-1)
+    codes = fresh.encode_pictures(torch.from_numpy(picture)[None])
+    inputs = (core.language_model.embed_tokens.weight, fresh.embed_codes(codes))
+    sizes = [float(x.square().mean().sqrt()) for x in inputs]
+    assert 1 / 5 < sizes[1] / sizes[0] < 5
+    assert psnr(picture, fresh.decode_pictures(codes)[0].numpy()) > 18
 
 
 @torch.no_grad()
