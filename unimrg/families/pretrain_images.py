@@ -195,13 +195,14 @@ class Autoencoder(ABC):
 
     module: the network; its state is what is stored. stored_as: the numbers of the file.
     soft: the share of the training in which latents aren't quantised yet; none when it goes on from weights.
-    decay: of the kernels, per step and unit of the learning rate.
+    calm: factor of the learning rate after that. Steps that swap the codes of many cells teach the decoder
+        nothing.
     """
 
     module: nn.Module
     stored_as: torch.dtype = torch.float16
-    soft: float = 0.08
-    decay: float = 0.0
+    soft: float = 0.0
+    calm: float = 1.0
 
     @abstractmethod
     def loss(self, x_B3SS: Tensor, done: float) -> Tensor:
@@ -282,12 +283,9 @@ class HarmonVAE(Autoencoder):
 class OpenUniDCAE(Autoencoder):
     """Deep compression autoencoder (arXiv 2410.10733), whose latents are smoothed by noise alone.
 
-    Its residual branches end in norms: when kernels and latents grow, the branches count for nothing beside
-    the shortcuts, and what is learnt is linear. Decay and a penalty keep them small.
+    Kernels and latents grow while it learns, which anneals the steps: decay of the kernels and a penalty on
+    the latents were tried and learnt more slowly. The configuration's scale takes the size back.
     """
-
-    SIZE = 1e-3  # weight of the latents' mean square
-    decay = 0.3
 
     def __init__(self) -> None:
         self.module: Any = dc_ae(tiny_openuni().vae)
@@ -306,7 +304,7 @@ class OpenUniDCAE(Autoencoder):
     def loss(self, x_B3SS: Tensor, done: float) -> Tensor:
         z = self.latents(x_B3SS)
         noise = LATENT_NOISE * z.detach().std() * torch.randn_like(z)
-        return pixel_error(self.decode(z + noise) - x_B3SS) + self.SIZE * z.square().mean()
+        return pixel_error(self.decode(z + noise) - x_B3SS)
 
     def redraw(self, x_B3SS: Tensor) -> Tensor:
         return self.decode(self.latents(x_B3SS))
@@ -326,6 +324,7 @@ class JanusVQ(Autoencoder):
     COMMITMENT = 0.02
     DECAY = 0.97
     FEWEST = 0.05  # uses per step, in the running mean, below which a code starts again
+    soft, calm = 0.1, 0.3
 
     def __init__(self) -> None:
         self.module: Any = JanusVQVAE(tiny_janus().janus.vq_config)
@@ -394,7 +393,7 @@ class ShowoMagvit(Autoencoder):
     COLOUR = 6.0  # weight of the error's part that isn't grey: few bits are left for it
     COMMITMENT = 0.02
     ENTROPY = 0.05
-    soft = 0.3  # whatever hue isn't in the latents by then is hard to bring back
+    soft, calm = 0.3, 0.3
 
     def __init__(self) -> None:
         self.module: Magvit = Magvit(tiny_showo().magvit)
@@ -483,10 +482,8 @@ class Muon(torch.optim.Optimizer):
     all singular values of the update equal, the small directions are learnt at the same pace.
     """
 
-    def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9, decay: float = 0.0
-    ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.9) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -496,7 +493,6 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))
                 scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * group["decay"])
                 p.sub_(update.reshape(p.shape), alpha=group["lr"] * scale)
 
 
@@ -539,12 +535,13 @@ def train(
     """
     weights = [p for p in subject.module.parameters() if p.requires_grad]
     kernels, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
-    muon = Muon(kernels, rate, decay=subject.decay)
-    optimisers = [muon, torch.optim.AdamW(others, 0.2 * rate, (0.9, 0.95), weight_decay=0.0)]
+    optimisers = [Muon(kernels, rate), torch.optim.AdamW(others, 0.2 * rate, (0.9, 0.95), weight_decay=0.0)]
     total, began, mean_loss = corners + steps, time.monotonic(), 0.0
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda k: min((k + 1) / 50, 1 - k / total)) for o in optimisers
-    ]
+
+    def factor(k: int) -> float:
+        return min((k + 1) / 50, 1 - k / total) * (1.0 if k < subject.soft * total else subject.calm)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimisers]
     for step in range(1, total + 1):
         pictures = next(data)
         loss = subject.loss(corner(pictures, step) if step <= corners else pictures, (step - 1) / total)
