@@ -19,7 +19,7 @@ from unimrg.errors import CheckpointError, ConfigError, MissingExtraError
 from unimrg.families import openuni
 from unimrg.families.openuni import checkpoint, libraries
 from unimrg.families.openuni.checkpoint import DIFFUSION, FLAT, LANGUAGE, VAE
-from unimrg.families.openuni.config import VARIANTS, OpenUniConfig, tiny
+from unimrg.families.openuni.config import VARIANTS, DCAEConfig, OpenUniConfig, tiny
 from unimrg.families.openuni.model import OpenUni, timesteps_at
 from unimrg.families.openuni.processor import OpenUniBatch, OpenUniProcessor
 from unimrg.losses import combine
@@ -151,6 +151,32 @@ def test_the_target_leads_from_the_picture_to_noise(model: OpenUni) -> None:
     torch.testing.assert_close(flow.noisy, noise)
     want = (flow.velocity - (noise - latents)).square().mean((1, 2, 3))
     torch.testing.assert_close(flow.error.mean(1), want)
+
+
+@torch.no_grad()
+def test_shifted_latents_decode_as_before(model: OpenUni) -> None:
+    config = micro()
+    config.vae.shift = (0.5, -0.25, 2.0, 0.0)
+    shifted = random_model(config)
+    pixels = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    got, want = shifted.encode_pixels(pixels), model.encode_pixels(pixels)
+    mean = torch.tensor(config.vae.shift).view(-1, 1, 1) * config.vae.scale
+    torch.testing.assert_close(got, want - mean)
+    torch.testing.assert_close(shifted.decode_pixels(got), model.decode_pixels(want))
+    with pytest.raises(ValueError, match="2 numbers to shift 4 latent channels by"):
+        DCAEConfig(latent_channels=4, shift=(1.0, 2.0))
+
+
+def test_fresh_weights_begin_without_conditions() -> None:
+    """And are a function of the seed."""
+    config = FamilyConfig(name="openuni", variant="tiny")
+    (one, ids), (same, _), (other, _) = (openuni.build(config, seed) for seed in (0, 0, 1))
+    assert_same(one, same)
+    assert not torch.equal(one.meta_queries, other.meta_queries)
+    assert len(ids) <= one.config.text.vocab_size
+    noisy, when = torch.randn(1, 16, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        assert not one.velocity(noisy, torch.randn(1, 32, 192), when).any()
 
 
 def test_guidance_of_one_is_the_conditional_drawing(model: OpenUni) -> None:

@@ -9,6 +9,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from unimrg.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -28,8 +30,11 @@ def diffusers() -> ModuleType:
 
 
 def sana(config: SanaConfig) -> SanaTransformer2DModel:
-    """SANA with fresh weights: latents [G, C, h, w] and conditions [G, Q, captions] to a velocity."""
-    return diffusers().SanaTransformer2DModel(
+    """SANA with fresh weights: latents [G, C, h, w] and conditions [G, Q, captions] to a velocity.
+
+    What ends a branch begins at zero, as in PixArt (arXiv 2310.00426): the conditions and the velocity.
+    """
+    made = diffusers().SanaTransformer2DModel(
         in_channels=config.in_channels,
         out_channels=config.in_channels,
         num_layers=config.num_layers,
@@ -44,6 +49,10 @@ def sana(config: SanaConfig) -> SanaTransformer2DModel:
         qk_norm=config.qk_norm,
         interpolation_scale=config.interpolation_scale,
     )
+    for layer in (made.proj_out, *(block.attn2.to_out[0] for block in made.transformer_blocks)):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return made
 
 
 def fill_positions(embedding: Any) -> None:

@@ -173,13 +173,18 @@ class OpenUni(Family):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, any, any] in [-1, 1] to latents [B, C, h, w]."""
         dtype = next(self.vae.parameters()).dtype
-        return self.vae.encode(pixels.to(dtype)).latent * self.config.vae.scale
+        return (self.vae.encode(pixels.to(dtype)).latent - self._shift(pixels)) * self.config.vae.scale
 
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to [B, 3, ...], about [-1, 1]."""
         dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode((latents / self.config.vae.scale).to(dtype)).sample
+        return self.vae.decode((latents / self.config.vae.scale + self._shift(latents)).to(dtype)).sample
+
+    def _shift(self, like: Tensor) -> Tensor | float:
+        """What latents are shifted by, for broadcasting over [B, C, h, w]."""
+        shift = self.config.vae.shift
+        return torch.tensor(shift, dtype=torch.float32, device=like.device).view(-1, 1, 1) if shift else 0.0
 
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:
