@@ -167,8 +167,8 @@ def test_shifted_latents_decode_as_before(model: OpenUni) -> None:
         DCAEConfig(latent_channels=4, shift=(1.0, 2.0))
 
 
-def test_fresh_weights_begin_without_conditions() -> None:
-    """And are a function of the seed."""
+def test_fresh_weights_are_a_function_of_the_seed() -> None:
+    """And predict no velocity at first."""
     config = FamilyConfig(name="openuni", variant="tiny")
     (one, ids), (same, _), (other, _) = (openuni.build(config, seed) for seed in (0, 0, 1))
     assert_same(one, same)

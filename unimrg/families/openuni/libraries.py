@@ -30,10 +30,7 @@ def diffusers() -> ModuleType:
 
 
 def sana(config: SanaConfig) -> SanaTransformer2DModel:
-    """SANA with fresh weights: latents [G, C, h, w] and conditions [G, Q, captions] to a velocity.
-
-    What ends a branch begins at zero, as in PixArt (arXiv 2310.00426): the conditions and the velocity.
-    """
+    """SANA with fresh weights: latents [G, C, h, w] and conditions [G, Q, captions] to a velocity."""
     made = diffusers().SanaTransformer2DModel(
         in_channels=config.in_channels,
         out_channels=config.in_channels,
@@ -49,10 +46,26 @@ def sana(config: SanaConfig) -> SanaTransformer2DModel:
         qk_norm=config.qk_norm,
         interpolation_scale=config.interpolation_scale,
     )
-    for layer in (made.proj_out, *(block.attn2.to_out[0] for block in made.transformer_blocks)):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    _initialise(made)
     return made
+
+
+def _initialise(made: SanaTransformer2DModel) -> None:
+    """The velocity begins at zero (PixArt, arXiv 2310.00426), but conditions are heard from the first step.
+
+    Were their way closed as well, one direction would open it and be all that the connector learns.
+    """
+    nn.init.zeros_(made.proj_out.weight)
+    nn.init.zeros_(made.proj_out.bias)
+    captions = made.caption_projection
+    for layer in (captions.linear_1, captions.linear_2):
+        nn.init.xavier_uniform_(layer.weight, gain=2**0.5)
+        nn.init.zeros_(layer.bias)
+    for block in made.transformer_blocks:
+        nn.init.xavier_uniform_(block.attn2.to_v.weight)
+        nn.init.xavier_uniform_(block.attn2.to_out[0].weight)
+        for layer in (block.attn2.to_q, block.attn2.to_k):
+            nn.init.xavier_uniform_(layer.weight, gain=2.0)
 
 
 def fill_positions(embedding: Any) -> None:
