@@ -2,13 +2,14 @@
 
     python -m unimrg.families.pretrain_images janus --out tiny_vq.safetensors
 
-makes the weights in `<family>/assets/` in minutes of one core (`RECIPES`); `--start FILE --corners 0` goes on
-from weights, with the `--rate` of `RECIPES` halved. Every batch is a third pictures, a third depth maps, a
-third boundary maps, as the models draw them. Prints the signal-to-noise ratio of each kind on scenes never
-trained on, how many codes they use, and the `scale` that the variant's configuration takes where latents are
-numbers. Photographs come from scikit-image where it is installed; two are held out.
+makes weights like those in `<family>/assets/` in 5 to 15 minutes of an idle core; `--start FILE --corners 0`,
+with half the learning rate, goes on from weights. Harmon's were made so; the others' in three to five goes
+that come to as many steps as `RECIPES` names. Every batch is a third pictures, a third depth maps, a third
+boundary maps, as the models draw them. Prints the signal-to-noise ratio of each kind on scenes never trained
+on, how many codes they use, and the `scale` that the variant's configuration takes where latents are numbers.
+Photographs come from scikit-image where it is installed; two are held out.
 
-Shape suffixes: B batch, C latent channels, H, W rows and columns of cells, S side of a picture, N cells.
+Shape suffixes: B batch, C latent channels, H, W rows and columns of cells, S side of a picture.
 """
 
 from __future__ import annotations
@@ -390,7 +391,7 @@ class ShowoMagvit(Autoencoder):
     """
 
     NOISE = 0.2  # of each channel's standard deviation
-    COLOUR = 6.0  # weight of the error's part that isn't grey: few bits are left for it
+    COLOUR = 4.0  # weight of the error's part that isn't grey: few bits are left for it
     COMMITMENT = 0.02
     ENTROPY = 0.05
     soft, calm = 0.3, 0.3
@@ -520,9 +521,9 @@ class Recipe:
 
 RECIPES = {
     "harmon": Recipe(HarmonVAE, corners=3000, steps=800),
-    "openuni": Recipe(OpenUniDCAE, corners=3000, steps=800),
-    "janus": Recipe(JanusVQ, corners=3000, steps=800),
-    "showo": Recipe(ShowoMagvit, corners=3000, steps=800),
+    "openuni": Recipe(OpenUniDCAE, corners=1900, steps=200, batch=8),
+    "janus": Recipe(JanusVQ, corners=1500, steps=150, batch=8),
+    "showo": Recipe(ShowoMagvit, corners=2400, steps=200, batch=8),
 }
 
 
