@@ -213,6 +213,7 @@ def tiny(vocab_size: int = 512) -> HarmonConfig:
         num_hidden_layers=4,
         num_attention_heads=6,
         intermediate_size=512,
+        initializer_range=0.1,  # the library's 0.02 is for widths of thousands
         bos_token_id=None,
         eos_token_id=None,
     )
