@@ -113,7 +113,7 @@ def test_what_encodes_the_targets_is_never_trained(name: str) -> None:
     """It neither learns nor leaves evaluation mode; every other part does."""
     trained = fresh_model(name).train()
     frozen = {key.partition(".")[0] for key, p in trained.named_parameters() if not p.requires_grad}
-    asleep = [part for part in trained.children() if not any(module.training for module in part.modules())]
+    asleep = [part for part in trained.modules() if not any(module.training for module in part.modules())]
     assert asleep and trained.training
     assert frozen and not any(p.requires_grad for part in asleep for p in part.parameters())
 
