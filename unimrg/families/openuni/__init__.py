@@ -49,7 +49,12 @@ def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
 def processor(
     model: OpenUni, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
 ) -> OpenUniProcessor:
-    """The processor for `tasks` with the training's text settings."""
+    """The processor for `tasks` with the training's text settings.
+
+    Raises ConfigError for `published_prompts`, which OpenUni has none of for all tasks.
+    """
+    if train.published_prompts:
+        raise ConfigError("train.published_prompts: no recipe with all tasks is published for OpenUni")
     return OpenUniProcessor(
         model.config,
         tokenizer,
