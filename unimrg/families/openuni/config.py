@@ -258,7 +258,7 @@ def tiny(vocab_size: int = 520) -> OpenUniConfig:
         attention_levels=1,
         attention_head_dim=16,
         multiscales=(),
-        scale=0.0151,
+        scale=0.0160,
         shift=SHIFT,
     )
     vision = InternVLVisionConfig(
