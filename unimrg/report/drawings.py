@@ -23,6 +23,8 @@ _COLUMNS = ("pixel", "depth", "segmentation")
 # Score: (label, unit, 1 if higher is better, -1 if lower is). Unknown names are shown as they are.
 _SCORES = {
     "pixel_psnr": ("PSNR", "dB", 1),
+    "depth_psnr": ("PSNR", "dB", 1),
+    "segmentation_psnr": ("PSNR", "dB", 1),
     "pixel_ssim": ("SSIM", "", 1),
     "depth_absrel": ("AbsRel", "", -1),
     "depth_delta1": ("\u03b41", "", 1),
