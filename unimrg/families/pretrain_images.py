@@ -311,7 +311,10 @@ class OpenUniDCAE(Autoencoder):
         return self.decode(self.latents(x_B3SS))
 
     def facts(self, x_B3SS: Tensor) -> str:
-        return f"scale = {1 / self.latents(x_B3SS).std().item():.4f}"
+        latents = self.latents(x_B3SS)
+        shift = latents.mean((0, 2, 3))
+        scale = 1 / (latents - shift.view(-1, 1, 1)).std().item()
+        return f"scale = {scale:.4f}, shift = {[round(mean, 1) for mean in shift.tolist()]}"
 
 
 class JanusVQ(Autoencoder):
