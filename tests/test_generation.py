@@ -119,11 +119,11 @@ def test_what_encodes_the_targets_is_never_trained(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+def test_recomputing_activations_changes_nothing(name: str) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         trained = fresh_model(name).train()
         if checkpointing:
-            trained.gradient_checkpointing_enable()
+            trained.recompute_activations()
             assert any(getattr(module, "gradient_checkpointing", False) for module in trained.modules())
         torch.stack([loss.sum for loss in trained(batch(name)).values()]).sum().backward()
         return {key: p.grad for key, p in trained.named_parameters() if p.grad is not None}

@@ -303,6 +303,9 @@ class EngineConfig:
     name: str = knob("deepspeed", "deepspeed, or torch (plain, no sharding)")
     zero_stage: int = knob(2, "of deepspeed: 1 shards optimiser state, 2 gradients too, 3 parameters too")
     precision: str = knob("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs")
+    activation_checkpointing: bool = knob(
+        False, "blocks are computed again in the backward pass: less memory, a third more time"
+    )
     threads: int = knob(0, "of torch, per worker; 0 = torch's choice")
 
     def check(self) -> None:

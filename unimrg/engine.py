@@ -84,6 +84,8 @@ def choose_precision(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def make_engine(model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> Engine:
     """The engine that the config names, around `model` moved to `device`."""
+    if config.activation_checkpointing:
+        model.recompute_activations()
     kind = TorchEngine if config.name == "torch" else DeepSpeedEngine
     return kind(model, train, config, device)
 

@@ -101,6 +101,12 @@ class Family(PreTrainedModel):
             if name in frozen or name not in self.PARTS:
                 parameter.requires_grad_(False)
 
+    def recompute_activations(self) -> None:
+        """Keep no activations inside the blocks; the backward pass computes them again (arXiv 1604.06174)."""
+        # transformers renames the method between 5.17 and 5.23, and warns of the old name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(self, name) for name in names if hasattr(self, name))()
+
     # -- what the losses of packed batches share -------------------------------------------------------------
 
     def embed_packed(
