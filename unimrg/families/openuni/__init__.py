@@ -18,6 +18,7 @@ from unimrg.families.openuni.model import OpenUni
 from unimrg.families.openuni.processor import OpenUniProcessor
 from unimrg.families.tokenizer import SPECIAL_TOKENS, tokenizer_for
 from unimrg.sample import Task
+from unimrg.weights import load_folder
 
 __all__ = ["OpenUni", "OpenUniProcessor", "build", "image_size", "processor", "save_published"]
 
@@ -40,7 +41,7 @@ def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
     sizes = checkpoint.sizes(config)
     tokenizer = tokenizer_for(_with_tokenizer(config), (*SPECIAL_TOKENS[1:], *TOKENS), "InternVL3", TOKENS)
     if checkpoint.is_ours(config.weights):
-        return checkpoint.from_folder(Path(config.weights)), tokenizer
+        return load_folder(OpenUni, Path(config.weights)), tokenizer
     if config.weights or config.language_weights or config.diffusion_weights or config.vae_weights:
         return checkpoint.from_published(sizes, config, seed), tokenizer
     return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer

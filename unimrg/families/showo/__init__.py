@@ -14,6 +14,7 @@ from unimrg.families.showo.model import Showo
 from unimrg.families.showo.processor import ShowoProcessor
 from unimrg.families.tokenizer import tokenizer_for
 from unimrg.sample import Task
+from unimrg.weights import load_folder
 
 __all__ = ["Showo", "ShowoProcessor", "build", "image_size", "processor", "save_published"]
 
@@ -40,7 +41,7 @@ def build(config: FamilyConfig, seed: int) -> tuple[Showo, Any]:
     if not config.weights:
         return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
     if checkpoint.is_ours(config.weights):
-        return checkpoint.from_folder(Path(config.weights)), tokenizer
+        return load_folder(Showo, Path(config.weights)), tokenizer
     return checkpoint.from_published(sizes, config), tokenizer
 
 
