@@ -28,6 +28,12 @@ class Task(StrEnum):
 
 IMAGE_TASKS = (Task.PIXEL, Task.DEPTH, Task.SEGMENTATION)
 
+PICTURES = ("image", *(task.value for task in IMAGE_TASKS))
+"""Keys of `Sample.codes`."""
+
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])
+"""Bits of bfloat16 numbers, which numpy has no type for."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -70,12 +76,15 @@ class Labels:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image in training geometry, its conversations and its drawings.
+    """One image in training geometry, its conversations and its drawings, as pixels or as codes.
 
     position: place in the epoch's order, the same for any number of workers; seeds every random draw.
-    image: uint8 [S, S, 3] or None (text only).
+    image: uint8 [S, S, 3], or None (text only, or only its codes are known).
     targets: uint8 [S, S, 3] for each image task present.
     valid: (left, top, right, bottom) in pixels: the part of the square that is picture, not padding.
+    codes: what a family's frozen encoder (`families.encoder`) says of the pictures named in `PICTURES`; all
+        of one shape and type: float32, BFLOAT16 or unsigned integers. `pixel` is missing where the target is
+        the image itself.
     """
 
     id: str
@@ -84,6 +93,19 @@ class Sample:
     image: np.ndarray | None = None
     targets: dict[Task, np.ndarray] = field(default_factory=dict)
     valid: tuple[int, int, int, int] = (0, 0, 0, 0)
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is a picture, as pixels or as codes."""
+        return self.image is not None or "image" in self.codes
+
+    @property
+    def drawn(self) -> tuple[Task, ...]:
+        """The tasks that have a target, as pixels or as codes."""
+        coded = {Task(name) for name in self.codes if name != "image"}
+        coded |= {Task.PIXEL} if "image" in self.codes else set()
+        return tuple(task for task in IMAGE_TASKS if task in self.targets or task in coded)
 
     def to_row(self) -> dict[str, Any]:
         """Plain scalars for Arrow; `from_row` restores the sample exactly."""
@@ -98,7 +120,7 @@ class Sample:
         for task in IMAGE_TASKS:
             target = self.targets.get(task)
             row[task.value] = None if target is None else target.tobytes()
-        return row
+        return row | _codes_to_row(self.codes)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Sample:
@@ -116,7 +138,29 @@ class Sample:
             image=picture(row["image"]),
             targets={task: target for task, target in targets.items() if target is not None},
             valid=(left, top, right, bottom),
+            codes=_codes_from_row(row),
         )
+
+
+def _codes_to_row(codes: dict[str, np.ndarray]) -> dict[str, Any]:
+    row: dict[str, Any] = {f"{name}_codes": None for name in PICTURES}
+    if not codes:
+        return row | {"codes_shape": None, "codes_dtype": None}
+    ((shape, dtype),) = {(array.shape, array.dtype) for array in codes.values()}
+    row |= {f"{name}_codes": array.tobytes() for name, array in codes.items()}
+    return row | {"codes_shape": list(shape), "codes_dtype": "bfloat16" if dtype == BFLOAT16 else dtype.name}
+
+
+def _codes_from_row(row: dict[str, Any]) -> dict[str, np.ndarray]:
+    if not row.get("codes_dtype"):
+        return {}
+    dtype = BFLOAT16 if row["codes_dtype"] == "bfloat16" else np.dtype(row["codes_dtype"])
+    raw = {name: row[f"{name}_codes"] for name in PICTURES}
+    return {
+        name: np.frombuffer(value, dtype).reshape(row["codes_shape"])
+        for name, value in raw.items()
+        if value is not None
+    }
 
 
 def dump_conversations(conversations: tuple[Conversation, ...]) -> str:

@@ -95,7 +95,9 @@ class PackedBatch(Batch):
     token_ids: int64 [N]. position_ids: int64 [T].
     source_index: int64 [T] into the concatenation of the family's tables and the text embeddings.
     label_index, label_ids, label_weight: [A] packed position that predicts, id to predict, 0 or 1.
-    images: uint8 [I, S, S, 3]; extra_images: uint8 [E, S, S, 3].
+    images: uint8 [I, S, S, 3]; extra_images: uint8 [E, S, S, 3]; S is 0 where only their codes are read.
+    codes: what `Family.frozen_codes` gives for conditions and, behind them, extra pictures, [I + E, ...],
+        float32 or int64; None: the model is to encode the pictures itself.
     target_source: int64 [G] into [images, extra_images]. target_task: int64 [G] index into IMAGE_TASKS;
     target_weight: float32 [G], 0 or 1. noise_seeds: one integer per target, for whatever the loss draws.
     """
@@ -112,6 +114,7 @@ class PackedBatch(Batch):
     target_task: torch.Tensor
     target_weight: torch.Tensor
     noise_seeds: tuple[int, ...]
+    codes: torch.Tensor | None = None
 
 
 class CellRows(NamedTuple):
