@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from unimrg.errors import ConfigError
+from unimrg.families.encoder import grey
 from unimrg.families.rows import PackedBatch
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
@@ -106,6 +107,39 @@ class Family(PreTrainedModel):
         # transformers renames the method between 5.17 and 5.23, and warns of the old name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(self, name) for name in names if hasattr(self, name))()
+
+    # -- frozen codes ----------------------------------------------------------------------------------------
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether pictures to look at go through an encoder of their own, which codes don't replace."""
+        return bool(self.config.reads_pixels)
+
+    @abstractmethod
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, S, S, 3] to what the frozen autoencoder or tokenizer makes of them, [B, ...]."""
+
+    def frozen_codes(self, pictures: torch.Tensor) -> torch.Tensor:
+        """All that the frozen encoder is ever asked about pictures, [B, ...]: what `Sample.codes` holds."""
+        return self.encode_pictures(pictures)
+
+    def codes_of(self, batch: PackedBatch, which: torch.Tensor | None = None) -> torch.Tensor:
+        """Codes of a batch's pictures [I + E, ...], or of those numbered `which`: as stored, or encoded now.
+
+        Ranks make equally many calls of the encoder: one each, or with codes none (sharded engines gather its
+        parameters in every call).
+        """
+        if batch.codes is None:
+            pictures = torch.cat([batch.images, batch.extra_images])
+            return self.encode_pictures(pictures if which is None else pictures[which])
+        codes = batch.codes if which is None else batch.codes[which]
+        return codes.to(self.dtype) if codes.is_floating_point() else codes
+
+    def grey_codes(self) -> np.ndarray:
+        """Codes of the grey picture that stands for none: float32 or int64."""
+        picture = torch.from_numpy(grey(self.config.image_size)).to(self.device_of_weights)
+        codes = self.frozen_codes(picture[None])[0].cpu()
+        return (codes.float() if codes.is_floating_point() else codes).numpy()
 
     # -- what the losses of packed batches share -------------------------------------------------------------
 

@@ -18,8 +18,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from unimrg.errors import DataError
+from unimrg.families.encoder import grey, plain
 from unimrg.families.rows import IGNORE, Assembled, Block, PackedBatch, Row, Text, assemble
-from unimrg.sample import IMAGE_TASKS, Conversation, Sample, Task, Turn
+from unimrg.sample import IMAGE_TASKS, PICTURES, Conversation, Sample, Task, Turn
 from unimrg.tasks import choose_prompt
 
 
@@ -54,10 +56,24 @@ class Branch(Generic[TargetT]):
 
 @dataclass
 class Pictures:
-    """The pictures of a batch: conditions first, extra targets behind them."""
+    """The pictures of a batch: conditions first, extra targets behind them; their codes, if known."""
 
     images: list[np.ndarray] = field(default_factory=list)
     extra: list[np.ndarray] = field(default_factory=list)
+    codes: list[np.ndarray] = field(default_factory=list)
+    extra_codes: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, pixels: np.ndarray, codes: Sequence[np.ndarray] = ()) -> int:
+        """A condition; returns its number."""
+        self.images.append(pixels)
+        self.codes += codes
+        return len(self.images) - 1
+
+    def add_extra(self, pixels: np.ndarray, codes: Sequence[np.ndarray] = ()) -> int:
+        """An extra target; returns its number as `Target.source`."""
+        self.extra.append(pixels)
+        self.extra_codes += codes
+        return -len(self.extra)
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,11 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
 
     tasks: the tasks to train on; others are left out of the batch. max_text_tokens: longer conversations are
     cut at the right and counted in `Batch.notes`. prompt_dropout: share of unconditional redrawing prompts.
+    grey_codes: codes of the grey picture (`Family.grey_codes`) if batches are made from `Sample.codes`, None
+    if from pixels. Ranks must agree, also where a batch has no picture.
     """
+
+    config: Any
 
     def __init__(
         self,
@@ -85,6 +105,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         seed: int = 0,
         max_text_tokens: int = 1472,
         prompt_dropout: float = 0.1,
+        grey_codes: np.ndarray | None = None,
     ) -> None:
         self.side = side
         self.tokenizer = tokenizer
@@ -92,9 +113,14 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         self.seed = seed
         self.max_text_tokens = max_text_tokens
         self.prompt_dropout = prompt_dropout
+        self.grey_codes = grey_codes
 
     def __call__(self, samples: Sequence[Sample]) -> BatchT:
-        """Pack samples, each one row."""
+        """Pack samples, each one row.
+
+        Raises DataError for a sample without pixels where pixels are read, or without fitting codes where
+        codes are.
+        """
         pictures, branches, notes = Pictures(), [], {"truncated": 0}
         for sample in samples:
             branches += self.branches(sample, pictures, notes)
@@ -147,7 +173,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
 
     def branches(self, sample: Sample, pictures: Pictures, notes: dict[str, int]) -> list[Branch[TargetT]]:
         """All branches of a sample; its pictures are added to `pictures`, cut texts counted in `notes`."""
-        image = self.add_image(sample.image, pictures)
+        image = self.add_condition(sample, "image", pictures) if sample.has_image else None
         branches = []
         if Task.UNDERSTANDING in self.tasks:
             answers = [self._cut(self.conversation_branch(c, image), notes) for c in sample.conversations]
@@ -158,14 +184,12 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
 
     def drawings(self, sample: Sample) -> list[Task]:
         """The tasks to draw for a sample."""
-        return [task for task in IMAGE_TASKS if task in self.tasks and task in sample.targets]
+        return [task for task in sample.drawn if task in self.tasks]
 
-    def add_image(self, image: np.ndarray | None, pictures: Pictures) -> int | None:
-        """Its number among the conditions."""
-        if image is None:
-            return None
-        pictures.images.append(image)
-        return len(pictures.images) - 1
+    def add_condition(self, sample: Sample, name: str, pictures: Pictures) -> int:
+        """Number, among the conditions, of a sample's picture `name` (of `PICTURES`)."""
+        reads_pixels = self.grey_codes is None or self.config.reads_pixels
+        return pictures.add(*self._picture(sample, name, reads_pixels))
 
     def draw_branch(self, sample: Sample, task: Task, image: int, pictures: Pictures) -> Branch[TargetT]:
         """A drawing of a sample from condition `image`."""
@@ -173,9 +197,33 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         text = choose_prompt(task, rng, self.prompt_dropout)
         source = image
         if task is not Task.PIXEL:
-            pictures.extra.append(sample.targets[task])
-            source = -len(pictures.extra)
+            source = pictures.add_extra(*self._picture(sample, task.value, self.grey_codes is None))
         return self.drawing_branch(text, image, self.make_target(task, source, sample, rng))
+
+    def _picture(self, sample: Sample, name: str, needs_pixels: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Pixels of a sample's picture, of side 0 if they aren't needed, and its codes if they are."""
+        pixels = sample.image if name == "image" else sample.targets.get(Task(name))
+        if needs_pixels and pixels is None:
+            raise DataError(
+                f"sample {sample.id} has only codes of its {name}, where the model reads pixels; "
+                "keep the pixels beside the codes, or make the processor with from_codes=True"
+            )
+        if not needs_pixels or pixels is None:
+            pixels = np.zeros((0, 0, 3), np.uint8)
+        if self.grey_codes is None:
+            return pixels, []
+        codes = sample.codes.get(name, sample.codes.get("image") if name == Task.PIXEL else None)
+        if codes is None:
+            raise DataError(
+                f"sample {sample.id} lacks the codes of its {name}; store them, or train from pixels"
+            )
+        codes = plain(codes)
+        if codes.shape != self.grey_codes.shape or codes.dtype.kind != self.grey_codes.dtype.kind:
+            raise DataError(
+                f"sample {sample.id} has codes {codes.dtype} {list(codes.shape)}, the model "
+                f"{self.grey_codes.dtype} {list(self.grey_codes.shape)}; store those of this family and size"
+            )
+        return pixels, [codes]
 
     def _cut(self, branch: Branch[TargetT], notes: dict[str, int]) -> Branch[TargetT]:
         """At most `max_text_tokens`, of which a picture counts as one."""
@@ -206,23 +254,24 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
 
     def _filler(self, pictures: Pictures) -> list[Branch[TargetT]]:
         """One grey picture whose losses weigh nothing."""
-        sample = Sample(
-            id="filler",
-            position=0,
-            conversations=(),
-            image=self.grey(),
-            targets={task: self.grey() for task in IMAGE_TASKS},
-            valid=(0, 0, self.side, self.side),
-        )
         image = len(pictures.images)
-        fillers = self.branches(sample, pictures, {})
+        fillers = self.branches(self.grey_sample(), pictures, {})
         if Task.UNDERSTANDING in self.tasks:  # not cut, however short texts may be
             fillers.append(self.conversation_branch((Turn("?", "."),), image))
         return [replace(filler, weight=0.0) for filler in fillers]
 
-    def grey(self) -> np.ndarray:
-        """A picture of nothing, uint8 [S, S, 3]."""
-        return np.full((self.side, self.side, 3), 127, np.uint8)
+    def grey_sample(self) -> Sample:
+        """A picture of nothing and as many drawings, as pixels and as codes."""
+        picture = grey(self.side)
+        return Sample(
+            id="grey",
+            position=0,
+            conversations=(),
+            image=picture,
+            targets=dict.fromkeys(IMAGE_TASKS, picture),
+            valid=(0, 0, self.side, self.side),
+            codes={} if self.grey_codes is None else dict.fromkeys(PICTURES, self.grey_codes),
+        )
 
     # -- branches to a batch ---------------------------------------------------------------------------------
 
@@ -262,7 +311,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         self, assembled: Assembled, drawn: Sequence[tuple[Target, float]], pictures: Pictures
     ) -> dict[str, Any]:
         """The fields of `PackedBatch` but for `counts` of the drawings."""
-        extra = len(pictures.images)
+        extra, codes = len(pictures.images), [*pictures.codes, *pictures.extra_codes]
         sources = [t.source if t.source >= 0 else extra - t.source - 1 for t, _ in drawn]
         tasks = [IMAGE_TASKS.index(target.task) for target, _ in drawn]
         indices = {name: value for name, value in vars(assembled).items() if name != "places"}
@@ -270,6 +319,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
             "tokens": assembled.plan.length,
             "images": self._stack(pictures.images),
             "extra_images": self._stack(pictures.extra),
+            "codes": torch.from_numpy(np.stack(codes)) if codes else None,
             "target_source": torch.tensor(sources, dtype=torch.long),
             "target_task": torch.tensor(tasks, dtype=torch.long),
             "target_weight": torch.tensor([weight for _, weight in drawn], dtype=torch.float32),

@@ -50,9 +50,17 @@ def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
 
 
 def processor(
-    model: Harmon, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+    model: Harmon,
+    tokenizer: Any,
+    train: TrainConfig,
+    tasks: Sequence[Task],
+    seed: int,
+    from_codes: bool = False,
 ) -> HarmonProcessor:
-    """The processor for `tasks` with the training's text settings."""
+    """The processor for `tasks` with the training's text settings.
+
+    from_codes: make batches from `Sample.codes`, without a call of the frozen encoder in training.
+    """
     return HarmonProcessor(
         model.config,
         tokenizer,
@@ -61,6 +69,7 @@ def processor(
         max_text_tokens=train.max_text_tokens,
         prompt_dropout=train.prompt_dropout,
         published=train.published_prompts,
+        grey_codes=model.grey_codes() if from_codes else None,
     )
 
 

@@ -93,6 +93,7 @@ class HarmonConfig(PreTrainedConfig):
     """
 
     model_type = "harmon_unimrg"
+    reads_pixels: ClassVar[bool] = False
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"llm": Qwen2Config}
 
     # Dictionaries or nothing until `__post_init__` has run.

@@ -110,7 +110,7 @@ class Harmon(Family):
 
     def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
-        states = self.states(batch, self.encode_pictures(torch.cat([batch.images, batch.extra_images])))
+        states = self.states(batch, self.codes_of(batch))
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(states.hidden, self.llm.lm_head, batch)
@@ -184,11 +184,10 @@ class Harmon(Family):
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to latents [B, L, C]."""
-        dtype = next(self.vae.parameters()).dtype
-        pixels = (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
         if not len(pictures):
-            return pixels.new_zeros(0, math.prod(self.grid), self.config.mar.token_width)
-        return self.vae.tokenize(self.vae.encode(pixels), self.config.mar.patch_size).flatten(1, 2)
+            shape = (0, math.prod(self.grid), self.config.mar.token_width)
+            return torch.zeros(shape, dtype=self.vae.quant_conv.weight.dtype, device=pictures.device)
+        return self.vae.encode_pictures(pictures, self.config.mar.patch_size)
 
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:

@@ -75,8 +75,11 @@ class HarmonProcessor(PackedProcessor[HarmonTarget, HarmonBatch]):
         max_text_tokens: int = PUBLISHED_MAX_TEXT,
         prompt_dropout: float = 0.1,
         published: bool = False,
+        grey_codes: np.ndarray | None = None,
     ) -> None:
-        super().__init__(config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout)
+        super().__init__(
+            config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout, grey_codes
+        )
         self.config = config
         self.published = published
         self.grid = config.grid_of(config.image_size, config.image_size)
@@ -154,15 +157,15 @@ class HarmonProcessor(PackedProcessor[HarmonTarget, HarmonBatch]):
             return super().branches(sample, pictures, notes)
         branches = []
         if Task.UNDERSTANDING in self.tasks:
-            image = self.add_image(self.grey() if sample.image is None else sample.image, pictures)
+            shown = sample if sample.has_image else self.grey_sample()
+            image = self.add_condition(shown, "image", pictures)
             for conversation in sample.conversations:
                 branch = self._cut(self.conversation_branch(conversation, image), notes)
                 if any(label != IGNORE for label in branch.labels):
                     branches.append(branch)
         drawings = self.drawings(sample)
         if drawings:
-            condition = self.add_image(sample.targets[Task.PIXEL], pictures)
-            assert condition is not None
+            condition = self.add_condition(sample, Task.PIXEL.value, pictures)
             branches += [self.draw_branch(sample, task, condition, pictures) for task in drawings]
         return branches
 

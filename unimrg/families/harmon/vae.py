@@ -209,6 +209,12 @@ class KLVAE(nn.Module):
         patches = mean.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)
         return patches.reshape(B, H // P, W // P, C * P * P)
 
+    def encode_pictures(self, pictures_BHW3: Tensor, patch_size: int = 1) -> Tensor:
+        """uint8 pictures to latent tokens [B, m*n, C*P*P], row by row."""
+        dtype = self.quant_conv.weight.dtype
+        pixels = (pictures_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1).to(dtype)
+        return self.tokenize(self.encode(pixels), patch_size).flatten(1, 2)
+
     def decode_tokens(self, tokens_BmnD: Tensor, patch_size: int = 1) -> Tensor:
         """Tokens [B, m, n, C*P*P] to pictures [B, 3, H, W]: the way back from `tokenize`."""
         B, m, n, _ = tokens_BmnD.shape

@@ -47,10 +47,16 @@ def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
 
 
 def processor(
-    model: Janus, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+    model: Janus,
+    tokenizer: Any,
+    train: TrainConfig,
+    tasks: Sequence[Task],
+    seed: int,
+    from_codes: bool = False,
 ) -> JanusPackedProcessor:
     """The processor for `tasks` with the training's text settings.
 
+    from_codes: make batches from `Sample.codes`, without a call of the frozen encoder in training.
     Raises ConfigError for `published_prompts`, which Janus-Pro has none of.
     """
     if train.published_prompts:
@@ -62,4 +68,5 @@ def processor(
         seed,
         max_text_tokens=train.max_text_tokens,
         prompt_dropout=train.prompt_dropout,
+        grey_codes=model.grey_codes() if from_codes else None,
     )

@@ -30,6 +30,7 @@ class JanusFamilyConfig(PreTrainedConfig):
     """
 
     model_type = "janus_unimrg"
+    reads_pixels: ClassVar[bool] = True
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"janus": JanusConfig}
 
     janus: JanusConfig = None

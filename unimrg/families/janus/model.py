@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import JanusForConditionalGeneration
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from unimrg.attention import IMPLEMENTATION
 from unimrg.families.base import DrawOptions, Family
@@ -78,7 +79,7 @@ class Janus(Family):
 
     def forward(self, batch: JanusBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
-        codes = self.encode_pictures(torch.cat([batch.images, batch.extra_images])[batch.target_source])
+        codes = self.codes_of(batch, batch.target_source)
         hidden = self.hidden(batch, codes)
         losses = {}
         if len(batch.label_index):
@@ -109,7 +110,7 @@ class Janus(Family):
         """uint8 [I, S, S, 3] to what the language model sees, [I, P, H]."""
         if not len(pictures):
             return self.janus.lm_head.weight.new_zeros(0, 1, self.config.janus.text_config.hidden_size)
-        features = self.janus.model.vision_model(self._pixels(pictures)).last_hidden_state
+        features = self.janus.model.vision_model(to_pixels(pictures).to(self.dtype)).last_hidden_state
         return self.janus.model.aligner(features)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
@@ -118,27 +119,14 @@ class Janus(Family):
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] to codes int64 [B, L].
-
-        The nearest code by angle, as the tokenizer was trained (arXiv 2406.06525) and as it is decoded.
-        transformers' own `encode` compares unnormalised vectors, which is the same only where all codes are
-        equally long.
-        """
-        vq = self.janus.model.vqmodel
-        features = vq.quant_conv(vq.encoder(self._pixels(pictures))).flatten(2).transpose(1, 2)
-        numbers = torch.arange(vq.config.num_embeddings, device=features.device)
-        codebook = normalize(vq.quantize.embedding(numbers).float(), dim=-1)
-        return (features.float() @ codebook.T).argmax(-1)
+        """uint8 [B, S, S, 3] to codes int64 [B, L]."""
+        return encode_pictures(self.janus.model.vqmodel, pictures)
 
     @torch.no_grad()
     def decode_pictures(self, codes: Tensor) -> Tensor:
         """Codes [B, L] to uint8 [B, S, S, 3]."""
         pixels = self.janus.model.vqmodel.decode(codes).float()
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-    def _pixels(self, pictures: Tensor) -> Tensor:
-        """uint8 [B, S, S, 3] to [B, 3, S, S] in [-1, 1]: SigLIP's range and the tokenizer's."""
-        return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.dtype)
 
     # -- use -------------------------------------------------------------------------------------------------
 
@@ -177,3 +165,22 @@ class Janus(Family):
         for name, parameter in self.named_parameters():
             module = name.removeprefix("janus.").removeprefix("model.").split(".")[0]
             yield ("no effect" if name.endswith(cancelled) else PART_OF[module]), parameter
+
+
+def encode_pictures(vq: JanusVQVAE, pictures: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] to codes int64 [B, L].
+
+    The nearest code by angle, as the tokenizer was trained (arXiv 2406.06525) and as it is decoded.
+    transformers' own `encode` compares unnormalised vectors, which is the same only where all codes are
+    equally long.
+    """
+    pixels = to_pixels(pictures).to(vq.quant_conv.weight.dtype)
+    features = vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2)
+    numbers = torch.arange(vq.config.num_embeddings, device=features.device)
+    codebook = normalize(vq.quantize.embedding(numbers).float(), dim=-1)
+    return (features.float() @ codebook.T).argmax(-1)
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [-1, 1]: SigLIP's range and the tokenizer's."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1

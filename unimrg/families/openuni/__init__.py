@@ -48,10 +48,16 @@ def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
 
 
 def processor(
-    model: OpenUni, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+    model: OpenUni,
+    tokenizer: Any,
+    train: TrainConfig,
+    tasks: Sequence[Task],
+    seed: int,
+    from_codes: bool = False,
 ) -> OpenUniProcessor:
     """The processor for `tasks` with the training's text settings.
 
+    from_codes: make batches from `Sample.codes`, without a call of the frozen encoder in training.
     Raises ConfigError for `published_prompts`, which OpenUni has none of for all tasks.
     """
     if train.published_prompts:
@@ -63,6 +69,7 @@ def processor(
         seed,
         max_text_tokens=train.max_text_tokens,
         prompt_dropout=train.prompt_dropout,
+        grey_codes=model.grey_codes() if from_codes else None,
     )
 
 

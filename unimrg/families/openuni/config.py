@@ -101,6 +101,7 @@ class OpenUniConfig(PreTrainedConfig):
     """
 
     model_type = "openuni_unimrg"
+    reads_pixels: ClassVar[bool] = True
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"lmm": InternVLConfig}
 
     # Dictionaries or nothing until `__post_init__` has run.

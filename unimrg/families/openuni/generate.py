@@ -87,7 +87,8 @@ def prompt_conditions(
     pictures, branches = Pictures(), []
     for image in images:
         target = OpenUniTarget(task, 0, 0, np.ones(processor.cells, bool))
-        branches.append(processor.drawing_branch(prompt, processor.add_image(image, pictures), target))
+        number = None if image is None else pictures.add(image)
+        branches.append(processor.drawing_branch(prompt, number, target))
     batch = processor.assemble(branches, pictures, len(images), 0).to(model.device_of_weights)
     return model.conditions(model.states(batch, model.embed_pictures(batch.images)), batch)
 

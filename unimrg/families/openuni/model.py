@@ -11,7 +11,7 @@ H width of the language model, C latent channels, h x w latent grid, L its cells
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from transformers import InternVLForConditionalGeneration
 from unimrg.attention import IMPLEMENTATION, NO_MASK
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.openuni import generate, libraries
-from unimrg.families.openuni.config import OpenUniConfig
+from unimrg.families.openuni.config import DCAEConfig, OpenUniConfig
 from unimrg.families.openuni.connector import Connector
 from unimrg.families.openuni.processor import OpenUniBatch, OpenUniProcessor
 from unimrg.losses import TaskLoss
 from unimrg.sample import Task
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderDC
 
 TRAIN_STEPS = 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
@@ -95,8 +98,7 @@ class OpenUni(Family):
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.lmm.lm_head, batch)
         if len(batch.target_source):
-            pictures = torch.cat([batch.images, batch.extra_images])
-            latents = self.encode_pictures(pictures[batch.target_source])
+            latents = self.codes_of(batch, batch.target_source)
             flow = self.flow(latents, self.conditions(hidden, batch), *self.draw_noise(batch))
             terms = (flow.error * batch.cell_weight).sum(1)
             losses |= self.image_losses(terms, batch.target_task, batch.target_weight, batch)
@@ -167,24 +169,19 @@ class OpenUni(Family):
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] to latents [B, C, h, w]; in one call, since ranks must make equally many."""
-        return self.encode_pixels(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        return encode_pictures(self.vae, self.config.vae, pictures)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, any, any] in [-1, 1] to latents [B, C, h, w]."""
-        dtype = next(self.vae.parameters()).dtype
-        return (self.vae.encode(pixels.to(dtype)).latent - self._shift(pixels)) * self.config.vae.scale
+        return encode_pixels(self.vae, self.config.vae, pixels)
 
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to [B, 3, ...], about [-1, 1]."""
         dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode((latents / self.config.vae.scale + self._shift(latents)).to(dtype)).sample
-
-    def _shift(self, like: Tensor) -> Tensor | float:
-        """What latents are shifted by, for broadcasting over [B, C, h, w]."""
-        shift = self.config.vae.shift
-        return torch.tensor(shift, dtype=torch.float32, device=like.device).view(-1, 1, 1) if shift else 0.0
+        shifted = latents / self.config.vae.scale + _shift(self.config.vae, latents)
+        return self.vae.decode(shifted.to(dtype)).sample
 
     @torch.no_grad()
     def decode_pictures(self, latents: Tensor) -> Tensor:
@@ -251,6 +248,23 @@ class OpenUni(Family):
             yield from (layer.attention.k_proj.bias for layer in layers)
         if self.config.sana.qk_norm is None:
             yield from (block.attn2.to_k.bias for block in self.transformer.transformer_blocks)
+
+
+def encode_pictures(vae: AutoencoderDC, config: DCAEConfig, pictures: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] to latents [B, C, h, w]."""
+    return encode_pixels(vae, config, pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+def encode_pixels(vae: AutoencoderDC, config: DCAEConfig, pixels: Tensor) -> Tensor:
+    """[B, 3, any, any] in [-1, 1] to latents [B, C, h, w]."""
+    dtype = next(vae.parameters()).dtype
+    return (vae.encode(pixels.to(dtype)).latent - _shift(config, pixels)) * config.scale
+
+
+def _shift(config: DCAEConfig, like: Tensor) -> Tensor | float:
+    """What latents are shifted by, for broadcasting over [B, C, h, w]."""
+    shift = config.shift
+    return torch.tensor(shift, dtype=torch.float32, device=like.device).view(-1, 1, 1) if shift else 0.0
 
 
 def timesteps_at(share: Tensor) -> Tensor:

@@ -60,8 +60,11 @@ class OpenUniProcessor(PackedProcessor[OpenUniTarget, OpenUniBatch]):
         seed: int = 0,
         max_text_tokens: int = 1472,
         prompt_dropout: float = 0.1,
+        grey_codes: np.ndarray | None = None,
     ) -> None:
-        super().__init__(config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout)
+        super().__init__(
+            config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout, grey_codes
+        )
         self.config = config
         self.grid = config.grid_of(config.image_size, config.image_size)
         self.cells = math.prod(self.grid)

@@ -46,10 +46,16 @@ def build(config: FamilyConfig, seed: int) -> tuple[Showo, Any]:
 
 
 def processor(
-    model: Showo, tokenizer: Any, train: TrainConfig, tasks: Sequence[Task], seed: int
+    model: Showo,
+    tokenizer: Any,
+    train: TrainConfig,
+    tasks: Sequence[Task],
+    seed: int,
+    from_codes: bool = False,
 ) -> ShowoProcessor:
     """The processor for `tasks` with the training's text settings.
 
+    from_codes: make batches from `Sample.codes`, without a call of the frozen encoder in training.
     Raises ConfigError for `published_prompts`: RecA's layouts (arXiv 2509.07295) know no shared prefix.
     """
     if train.published_prompts:
@@ -61,6 +67,7 @@ def processor(
         seed,
         max_text_tokens=train.max_text_tokens,
         prompt_dropout=train.prompt_dropout,
+        grey_codes=model.grey_codes() if from_codes else None,
     )
 
 

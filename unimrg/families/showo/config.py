@@ -126,6 +126,11 @@ class ShowoConfig(PreTrainedConfig):
         return self.llm.vocab_size - 1
 
     @property
+    def reads_pixels(self) -> bool:
+        """Whether pictures are read by more than their codes."""
+        return self.clip is not None
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Codes (rows, columns) of a picture to draw."""
         return self._grid_of(self.image_size)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from unimrg.families.harmon.config import VAEConfig
 from unimrg.families.harmon.vae import Downsample, Level, Middle, Upsample, conv3x3
-from unimrg.families.showo.config import MagvitConfig
+from unimrg.families.showo.config import MagvitConfig, ShowoConfig
+from unimrg.families.showo.pixels import shrink, to_pixels
 
 
 class LatentLosses(NamedTuple):
@@ -181,3 +182,23 @@ class Magvit(nn.Module):
         """Reconstruction [B, 3, H, W] and the latents' losses, all with gradients: for training it."""
         signs, losses = self.quantize(self.latents(image_B3HW))
         return self.decoder(signs), losses
+
+
+def encode_pictures(magvit: Magvit, pictures_BHW3: Tensor, side: int | None = None) -> Tensor:
+    """uint8 pictures to codes int64 [B, N]; shrunk to `side` pixels first, if given."""
+    if not len(pictures_BHW3):
+        cells = (side or pictures_BHW3.shape[1]) // magvit.config.stride
+        return torch.zeros(0, cells * cells, dtype=torch.long, device=pictures_BHW3.device)
+    pixels = to_pixels(pictures_BHW3)
+    pixels = pixels if side is None else shrink(pixels, side)
+    # Codes are what is to be predicted: half precision would flip bits whose latent is near zero.
+    with torch.autocast(pixels.device.type, enabled=False):
+        return magvit.encode(pixels.to(magvit.encoder.conv_in.weight.dtype))
+
+
+def frozen_codes(magvit: Magvit, config: ShowoConfig, pictures_BHW3: Tensor) -> Tensor:
+    """Codes int64 of pictures to draw, and behind them, without CLIP, those by which they are read."""
+    codes = encode_pictures(magvit, pictures_BHW3)
+    if config.clip is not None:
+        return codes
+    return torch.cat([codes, encode_pictures(magvit, pictures_BHW3, config.source_size)], 1)

@@ -23,8 +23,8 @@ from unimrg.attention import IMPLEMENTATION
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.showo import generate
 from unimrg.families.showo.config import ShowoConfig
-from unimrg.families.showo.magvit import Magvit
-from unimrg.families.showo.pixels import shrink, to_clip, to_pictures, to_pixels
+from unimrg.families.showo.magvit import Magvit, encode_pictures, frozen_codes
+from unimrg.families.showo.pixels import to_clip, to_pictures
 from unimrg.families.showo.processor import ShowoBatch, ShowoProcessor
 from unimrg.losses import TaskLoss
 from unimrg.plan import Plan
@@ -87,7 +87,7 @@ class Showo(Family):
 
     def target_codes(self, batch: ShowoBatch) -> Tensor:
         """Codes int64 [G, N] of the pictures to draw."""
-        return self.encode_pictures(torch.cat([batch.images, batch.extra_images])[batch.target_source])
+        return self.codes_of(batch, batch.target_source)[:, : self.config.target_tokens]
 
     def hidden(self, batch: ShowoBatch, codes: Tensor) -> Tensor:
         """[T, H] after the final norm. codes: int64 [G, N], of which the batch's masked ones are hidden."""
@@ -98,7 +98,7 @@ class Showo(Family):
         """[T, H]: what enters the language model."""
         embedding = self.showo.get_input_embeddings()
         ids = torch.where(batch.target_masked, self.config.mask_id, self.config.code_offset + codes)
-        source = self.embed_pictures(batch.images, batch.clip_images)
+        source = self.embed_sources(batch)
         return self.embed_packed([source.flatten(0, 1), embedding(ids.flatten())], embedding, batch)
 
     def run(
@@ -130,16 +130,12 @@ class Showo(Family):
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor, side: int | None = None) -> Tensor:
         """uint8 [B, S, S, 3] to codes int64 [B, N]; shrunk to `side` pixels first, if given."""
-        stride = self.config.magvit.stride
-        if not len(pictures):
-            cells = (side or self.config.image_size) // stride
-            return torch.zeros(0, cells * cells, dtype=torch.long, device=pictures.device)
-        pixels = to_pixels(pictures)
-        pixels = pixels if side is None else shrink(pixels, side)
-        dtype = next(self.magvit.parameters()).dtype
-        # Codes are what is to be predicted: half precision would flip bits whose latent is near zero.
-        with torch.autocast(pictures.device.type, enabled=False):
-            return self.magvit.encode(pixels.to(dtype))
+        return encode_pictures(self.magvit, pictures, side)
+
+    @torch.no_grad()
+    def frozen_codes(self, pictures: Tensor) -> Tensor:
+        """Codes [B, N] to draw and, behind them without CLIP, the [B, S] by which a picture is read."""
+        return frozen_codes(self.magvit, self.config, pictures)
 
     @torch.no_grad()
     def decode_pictures(self, codes: Tensor) -> Tensor:
@@ -153,8 +149,17 @@ class Showo(Family):
             return weight.new_zeros(0, self.config.source_tokens, self.config.llm.hidden_size)
         if self.config.clip is not None:
             return self.mm_projector(self.clip_features(to_clip(clip_pictures)))
-        codes = self.encode_pictures(pictures, self.config.source_size)
+        return self.embed_codes(self.encode_pictures(pictures, self.config.source_size))
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes of pictures as they are read, int64 [I, S], to [I, S, H]."""
         return self.showo.get_input_embeddings()(self.config.code_offset + codes)
+
+    def embed_sources(self, batch: ShowoBatch) -> Tensor:
+        """The batch's conditions as they are read, [I, S, H]."""
+        if batch.codes is None or self.config.clip is not None:
+            return self.embed_pictures(batch.images, batch.clip_images)
+        return self.embed_codes(batch.codes[: len(batch.images), self.config.target_tokens :])
 
     @torch.no_grad()
     def clip_features(self, pixels: Tensor) -> Tensor:

@@ -66,8 +66,11 @@ class ShowoProcessor(PackedProcessor[ShowoTarget, ShowoBatch]):
         seed: int = 0,
         max_text_tokens: int = 1472,
         prompt_dropout: float = 0.1,
+        grey_codes: np.ndarray | None = None,
     ) -> None:
-        super().__init__(config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout)
+        super().__init__(
+            config.image_size, tokenizer, tasks, seed, max_text_tokens, prompt_dropout, grey_codes
+        )
         self.config = config
         self.end = config.text_end
 
