@@ -8,7 +8,8 @@ that function without the rest of the model; `Sample.codes` holds its results, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from unimrg.sample import BFLOAT16
 class PictureEncoder:
     """Pictures uint8 [B, S, S, 3] to codes [B, ...]: the frozen part of a family, alone on a device.
 
-    identity: everything the codes depend on, as plain JSON. side: S. reads_pixels: whether the model also
+    identity: everything the codes depend on, as JSON has it. side: S. reads_pixels: whether the model also
     reads the pictures themselves, by parts of its own.
     """
 
@@ -36,20 +37,23 @@ class PictureEncoder:
         codes: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """encode: what `module` makes of pictures on its device. codes: how many different ones; 0 = latents.
+        """identity: what is to be told apart beside weights, side and type. module: in float32.
 
+        encode: what `module` makes of pictures on its device. codes: how many different ones; 0 = latents.
         dtype: float32, or bfloat16 for latents that a model in bfloat16 learns from. Codes are always
         computed in float32: half precision would flip some.
         """
-        module.float().eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
         number = np.dtype(np.float32) if dtype == torch.float32 else BFLOAT16
         self.number = np.min_scalar_type(codes - 1) if codes else number
         kind = self.number.name if self.number != BFLOAT16 else "bfloat16"
-        self.identity = identity | {"side": side, "dtype": kind, "sha256": digest(module)}
+        identity = identity | {"side": side, "dtype": kind, "sha256": digest(module)}
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.side = side
         self.reads_pixels = reads_pixels
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._module = module.to(self.device, torch.float32 if codes else dtype)
+        # Not by the module's own `to`: diffusers' has a warning for every change of type.
+        nn.Module.to(module, self.device, torch.float32 if codes else dtype)
         self._encode = encode
 
     @torch.no_grad()
@@ -88,6 +92,11 @@ def digest(module: nn.Module) -> str:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part of a model, by their names in it."""
+    return {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
 
 
 def untrained(family: str, variant: str) -> ConfigError:

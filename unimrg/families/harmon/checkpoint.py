@@ -7,14 +7,19 @@ the `vae.` prefix and the tied `llm.lm_head.weight`, which may be in a file or n
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from unimrg.config import FamilyConfig
+from unimrg.errors import ConfigError
+from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
-from unimrg.weights import check_fits, load_folder, load_strictly, read_state_dict
+from unimrg.families.harmon.vae import KLVAE
+from unimrg.weights import check_fits, load_folder, load_strictly, model_type, read_state_dict
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"
@@ -27,6 +32,62 @@ def variant_config(variant: str) -> HarmonConfig:
 
     require_choice("family.variant", variant, VARIANTS)
     return VARIANTS[variant]()
+
+
+def sizes(config: FamilyConfig) -> HarmonConfig:
+    """The model's numbers: of the folder of weights if it is ours, else of the variant.
+
+    Raises ConfigError for an unknown variant.
+    """
+    if is_ours(config.weights):
+        return HarmonConfig.from_pretrained(config.weights)
+    return variant_config(config.variant)
+
+
+def is_ours(weights: str) -> bool:
+    """Whether that is a folder of our own `save_pretrained`."""
+    return model_type(weights) == HarmonConfig.model_type
+
+
+def picture_encoder(config: FamilyConfig, dtype: torch.dtype = torch.float32) -> PictureEncoder:
+    """The autoencoder that `build` would load, without the rest of the model.
+
+    Raises ConfigError where none is given, CheckpointError where its files don't fit.
+    """
+    numbers = sizes(config)
+    vae = KLVAE(numbers.vae)
+    if is_ours(config.weights):
+        state, source = below("vae.", read_state_dict(config.weights)), config.weights
+    elif config.weights:
+        state, source = published_vae(vae, config.vae_weights), config.vae_weights
+    elif config.variant == "tiny":
+        state, source = read_state_dict(TINY_VAE), str(TINY_VAE)
+    else:
+        raise untrained("harmon", config.variant)
+    load_strictly(vae, state, source)
+    patch = numbers.mar.patch_size
+    identity = {"family": "harmon", "encoder": "kl-vae", "settings": asdict(numbers.vae) | {"patch": patch}}
+    return PictureEncoder(
+        identity,
+        vae,
+        lambda pictures: vae.encode_pictures(pictures, patch),
+        numbers.image_size,
+        numbers.reads_pixels,
+        dtype=dtype,
+    )
+
+
+def published_vae(vae: torch.nn.Module, weights: str) -> dict[str, torch.Tensor]:
+    """What `vae` has of `kl16.ckpt`, which also carries its training losses.
+
+    Raises ConfigError when no file is given.
+    """
+    if not weights:
+        raise ConfigError(
+            "family.vae_weights is empty; published weights need the autoencoder's file (kl16.ckpt)"
+        )
+    state = {name.removeprefix("vae."): tensor for name, tensor in read_state_dict(weights).items()}
+    return {name: tensor for name, tensor in state.items() if name in vae.state_dict()}
 
 
 def fresh(config: HarmonConfig, seed: int, tiny: bool) -> Harmon:
@@ -50,16 +111,15 @@ def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
     return model
 
 
-def from_published(config: HarmonConfig, weights: Path, vae_weights: Path) -> Harmon:
-    """The published flat file and the autoencoder's."""
+def from_published(config: HarmonConfig, weights: str, vae_weights: str) -> Harmon:
+    """The published flat file and the autoencoder's. Raises ConfigError when the latter isn't given."""
     state = read_state_dict(weights)
     if "llm.model.embed_tokens.weight" in state:
         state.setdefault(TIED, state["llm.model.embed_tokens.weight"])
-    vae = {f"vae.{name.removeprefix('vae.')}": t for name, t in read_state_dict(vae_weights).items()}
     with torch.device("meta"):
         expected = Harmon(config)
-    # kl16.ckpt also carries its training losses; only what the autoencoder has is wanted, and all of that.
-    state |= {name: tensor for name, tensor in vae.items() if name in expected.state_dict()}
+    vae = published_vae(expected.vae, vae_weights)
+    state |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     source = f"{weights} with {vae_weights}"
     check_fits(expected, state, source)  # before minutes are spent on drawing weights for the wrong variant
     model = Harmon(config)

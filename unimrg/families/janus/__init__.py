@@ -16,9 +16,18 @@ from unimrg.families.tokenizer import tokenizer_for
 from unimrg.sample import Task
 from unimrg.weights import load_folder, model_type
 
-__all__ = ["Janus", "JanusPackedProcessor", "build", "image_size", "processor", "save_published"]
+__all__ = [
+    "Janus",
+    "JanusPackedProcessor",
+    "build",
+    "image_size",
+    "picture_encoder",
+    "processor",
+    "save_published",
+]
 
 save_published = checkpoint.save_published
+picture_encoder = checkpoint.picture_encoder
 
 
 def image_size(config: FamilyConfig) -> int:

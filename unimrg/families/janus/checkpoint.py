@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import GenerationConfig, JanusConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from unimrg.config import FamilyConfig, require_choice
+from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.janus.config import VARIANTS, JanusFamilyConfig
-from unimrg.families.janus.model import Janus
+from unimrg.families.janus.model import Janus, encode_pictures
 from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
 
 TINY_VQ = Path(__file__).parent / "assets" / "tiny_vq.safetensors"
 HEAD = "lm_head.weight"
+VQ, ORIGINAL_VQ = "model.vqmodel.", "gen_vision_model."
 POSITIONS = "model.vision_model.embeddings.position_embedding.weight"
 ORIGINAL = "original"
 """Subfolder of an export that holds the original layout."""
@@ -54,7 +57,7 @@ RENAMED: tuple[Rule, ...] = (
     ("model.vision_model.encoder.layers.", "vision_model.vision_tower.blocks.", VISION),
     ("model.aligner.fc1.", "aligner.layers.0.", ()),
     ("model.aligner.hidden_layers.0.", "aligner.layers.2.", ()),
-    ("model.vqmodel.", "gen_vision_model.", CODES),
+    (VQ, ORIGINAL_VQ, CODES),
     ("model.generation_embeddings.", "gen_embed.", ()),
     ("model.generation_aligner.fc1.", "gen_aligner.layers.0.", ()),
     ("model.generation_aligner.hidden_layers.0.", "gen_aligner.layers.2.", ()),
@@ -99,10 +102,41 @@ def fresh(config: JanusFamilyConfig, seed: int, tiny: bool) -> Janus:
     return model
 
 
+def picture_encoder(config: FamilyConfig, dtype: torch.dtype = torch.float32) -> PictureEncoder:
+    """The picture tokenizer that `build` would load, without the rest of the model; `dtype` changes nothing.
+
+    Raises ConfigError where none is given, CheckpointError where its files don't fit.
+    """
+    numbers = sizes(config)
+    if config.weights:
+        state, source = _vq_state(read_state_dict(config.weights)), config.weights
+    elif config.variant == "tiny":
+        state, source = read_state_dict(TINY_VQ), str(TINY_VQ)
+    else:
+        raise untrained("janus", config.variant)
+    vq = JanusVQVAE._from_config(numbers.janus.vq_config, dtype=torch.float32)
+    load_strictly(vq, state, source)
+    return PictureEncoder(
+        {"family": "janus", "encoder": "vq"},
+        vq,
+        lambda pictures: encode_pictures(vq, pictures),
+        numbers.image_size,
+        numbers.reads_pixels,
+        codes=numbers.janus.vq_config.num_embeddings,
+        dtype=dtype,
+    )
+
+
+def _vq_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokenizer's tensors, out of a model of any of the three layouts."""
+    state = from_original({n: t for n, t in state.items() if n.startswith((VQ, f"janus.{VQ}", ORIGINAL_VQ))})
+    return below(VQ, {name.removeprefix("janus."): tensor for name, tensor in state.items()})
+
+
 def from_published(config: JanusFamilyConfig, weights: Path) -> Janus:
     """Published weights of either layout. Raises CheckpointError unless every key is accounted for."""
     state = read_state_dict(weights)
-    if any(name.startswith("gen_vision_model.") for name in state):
+    if any(name.startswith(ORIGINAL_VQ) for name in state):
         state = from_original(state)
     # The library's default says tied, also for files that have a head of their own.
     config.janus.tie_word_embeddings = HEAD not in state

@@ -20,9 +20,18 @@ from unimrg.families.tokenizer import SPECIAL_TOKENS, tokenizer_for
 from unimrg.sample import Task
 from unimrg.weights import load_folder
 
-__all__ = ["OpenUni", "OpenUniProcessor", "build", "image_size", "processor", "save_published"]
+__all__ = [
+    "OpenUni",
+    "OpenUniProcessor",
+    "build",
+    "image_size",
+    "picture_encoder",
+    "processor",
+    "save_published",
+]
 
 save_published = checkpoint.save_published
+picture_encoder = checkpoint.picture_encoder
 
 
 def image_size(config: FamilyConfig) -> int:

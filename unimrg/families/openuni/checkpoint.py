@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from unimrg.config import FamilyConfig, require_choice
 from unimrg.errors import CheckpointError, ConfigError
+from unimrg.families.encoder import PictureEncoder, below, untrained
+from unimrg.families.openuni import libraries
 from unimrg.families.openuni.config import VARIANTS, OpenUniConfig
 from unimrg.families.openuni.keys import to_original, to_transformers
-from unimrg.families.openuni.model import OpenUni
+from unimrg.families.openuni.model import OpenUni, encode_pictures
 from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,40 @@ def fresh(config: OpenUniConfig, seed: int, tiny: bool) -> OpenUni:
     if tiny:
         load_strictly(model.vae, read_state_dict(TINY_VAE), str(TINY_VAE))
     return model
+
+
+def picture_encoder(config: FamilyConfig, dtype: torch.dtype = torch.float32) -> PictureEncoder:
+    """The autoencoder that `build` would load, without the rest of the model.
+
+    Raises ConfigError where none is given, CheckpointError where its files don't fit.
+    """
+    numbers = sizes(config)
+    state, source = _vae_state(config)
+    vae = libraries.dc_ae(numbers.vae)
+    load_strictly(vae, state, source)
+    identity = {"family": "openuni", "encoder": "dc-ae", "settings": asdict(numbers.vae)}
+    return PictureEncoder(
+        identity,
+        vae,
+        lambda pictures: encode_pictures(vae, numbers.vae, pictures),
+        numbers.image_size,
+        numbers.reads_pixels,
+        dtype=dtype,
+    )
+
+
+def _vae_state(config: FamilyConfig) -> tuple[dict[str, Tensor], str]:
+    """The autoencoder's tensors, and where they are from: as `published_state` and `fresh` choose."""
+    own = below("vae.", read_state_dict(config.weights)) if config.weights else {}
+    if own or is_ours(config.weights):
+        return own, config.weights
+    if config.vae_weights:
+        return _read_part(config.vae_weights, "vae"), config.vae_weights
+    if config.weights or config.language_weights or config.diffusion_weights:
+        raise _nowhere("vae.", config)
+    if config.variant != "tiny":
+        raise untrained("openuni", config.variant)
+    return read_state_dict(TINY_VAE), str(TINY_VAE)
 
 
 def from_published(sizes: OpenUniConfig, config: FamilyConfig, seed: int) -> OpenUni:

@@ -16,11 +16,12 @@ from unimrg.families.tokenizer import tokenizer_for
 from unimrg.sample import Task
 from unimrg.weights import load_folder
 
-__all__ = ["Showo", "ShowoProcessor", "build", "image_size", "processor", "save_published"]
+__all__ = ["Showo", "ShowoProcessor", "build", "image_size", "picture_encoder", "processor", "save_published"]
 
 END = "<|endoftext|>"
 
 save_published = checkpoint.save_published
+picture_encoder = checkpoint.picture_encoder
 
 
 def image_size(config: FamilyConfig) -> int:

@@ -8,6 +8,7 @@ MAGVIT-v2, and OpenAI's CLIP. The names of the first are ours unchanged; the sec
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from unimrg.config import FamilyConfig, require_choice
 from unimrg.errors import ConfigError
+from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.showo.config import VARIANTS, ShowoConfig
+from unimrg.families.showo.magvit import Magvit, frozen_codes
 from unimrg.families.showo.model import Showo
 from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
 
@@ -58,6 +61,46 @@ def fresh(config: ShowoConfig, seed: int, tiny: bool) -> Showo:
     return model
 
 
+def picture_encoder(config: FamilyConfig, dtype: torch.dtype = torch.float32) -> PictureEncoder:
+    """The image tokenizer that `build` would load, without the rest of the model; `dtype` changes nothing.
+
+    Raises ConfigError where none is given, CheckpointError where its files don't fit.
+    """
+    numbers = sizes(config)
+    if is_ours(config.weights):
+        state, source = below("magvit.", read_state_dict(config.weights)), config.weights
+    elif config.weights:
+        state, source = published_magvit(config.vae_weights), config.vae_weights
+    elif config.variant == "tiny":
+        state, source = read_state_dict(TINY_MAGVIT), str(TINY_MAGVIT)
+    else:
+        raise untrained("showo", config.variant)
+    magvit = Magvit(numbers.magvit)
+    load_strictly(magvit, state, source)
+    read = None if numbers.reads_pixels else numbers.source_size
+    identity = {
+        "family": "showo",
+        "encoder": "magvit-v2",
+        "settings": asdict(numbers.magvit) | {"source_size": read},
+    }
+    return PictureEncoder(
+        identity,
+        magvit,
+        lambda pictures: frozen_codes(magvit, numbers, pictures),
+        numbers.image_size,
+        numbers.reads_pixels,
+        codes=numbers.magvit.codes,
+        dtype=dtype,
+    )
+
+
+def published_magvit(weights: str) -> dict[str, Tensor]:
+    """MAGVIT-v2's tensors. Raises ConfigError when no file is given."""
+    if not weights:
+        raise ConfigError("family.vae_weights is empty; Show-o needs its image tokenizer (showlab/magvitv2)")
+    return read_state_dict(weights)
+
+
 def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
     """Show-o, MAGVIT-v2 and, for the sizes that have it, CLIP.
 
@@ -75,8 +118,7 @@ def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
 
 def published_state(sizes: ShowoConfig, config: FamilyConfig) -> dict[str, Tensor]:
     """All published tensors by our names."""
-    if not config.vae_weights:
-        raise ConfigError("family.vae_weights is empty; Show-o needs its image tokenizer (showlab/magvitv2)")
+    magvit = published_magvit(config.vae_weights)
     if sizes.clip is not None and not config.vision_weights:
         raise ConfigError(
             f"family.vision_weights is empty; {config.variant} needs CLIP (openai/clip-vit-large-patch14-336)"
@@ -84,7 +126,7 @@ def published_state(sizes: ShowoConfig, config: FamilyConfig) -> dict[str, Tenso
     if sizes.clip is None and config.vision_weights:
         raise ConfigError(f"family.vision_weights: {config.variant} reads no picture by CLIP; leave it empty")
     state = read_state_dict(config.weights)
-    state |= {f"magvit.{name}": tensor for name, tensor in read_state_dict(config.vae_weights).items()}
+    state |= {f"magvit.{name}": tensor for name, tensor in magvit.items()}
     if config.vision_weights:
         for name, tensor in read_state_dict(config.vision_weights).items():
             if not name.startswith(CLIP_UNUSED) and name != POSITIONS:
@@ -105,9 +147,9 @@ def save_published(model: Showo, folder: Path) -> None:
     own = {n: tensor for n, tensor in state.items() if n.startswith(("showo.", "mm_projector."))}
     _save(own, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(published_config(model.config), indent=2) + "\n")
-    _save(_below("magvit.", state), folder / MAGVIT / WEIGHTS)
+    _save(below("magvit.", state), folder / MAGVIT / WEIGHTS)
     if model.config.clip is not None:
-        clip = {VISION + name: tensor for name, tensor in _below("clip.", state).items()}
+        clip = {VISION + name: tensor for name, tensor in below("clip.", state).items()}
         _save(clip, folder / CLIP / "model.safetensors")
         model.config.clip.save_pretrained(folder / CLIP)
 
@@ -125,10 +167,6 @@ def published_config(config: ShowoConfig) -> dict[str, Any]:
         "load_from_showo": True,
         "mask_token_id": config.mask_id,
     }
-
-
-def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
