@@ -15,10 +15,12 @@ import pyarrow as pa
 import ray
 import torch
 
-from cluster.pipeline import make_teacher, open_manifest, open_sources, split_held_out
+from cluster.pipeline import open_manifest, open_sources
+from cluster.teachers import make_teacher
 from cluster.worker import MODEL, run_store
 from unimrg.benchmarks.held_out import Question, ask, draw_all, score_drawings, write_pictures
 from unimrg.config import FamilyConfig, RunConfig, from_plain, to_plain
+from unimrg.data.order import split_held_out
 from unimrg.data.stages import Fetch, Render, Teach
 from unimrg.families import load_family
 from unimrg.families.base import DrawOptions
@@ -52,7 +54,7 @@ def load_held_out(config: RunConfig) -> tuple[list[Sample], list[Question]]:
 
     The pictures are taken first; entries that can't be read are left out.
     """
-    url = config.data.held_out or config.data.manifest
+    url = config.data.held_out or config.data.places()[0]
     manifest = open_manifest(url, config.s3, group_by_image=False)
     indices = np.arange(len(manifest))
     if not config.data.held_out:
@@ -77,10 +79,10 @@ def load_held_out(config: RunConfig) -> tuple[list[Sample], list[Question]]:
 def _prepare(config: RunConfig, rows: pa.Table) -> list[Sample]:
     """Fetch, label and render a few rows here, without a pipeline."""
     table = rows.append_column("position", pa.array(np.arange(len(rows))))
-    sources = open_sources(config)
+    sources = open_sources(config, config.data.held_out)
     table = Fetch(sources, config.data)(table)
     for name in ("depth", "segmentation"):
-        if getattr(sources, name) not in ("", "oracle", "stored"):
+        if getattr(sources, name) not in ("", "none", "oracle", "stored"):
             # Only what is shown needs labels; teachers are slow without a GPU.
             teach = Teach(name, functools.partial(make_teacher, name, config.teachers))
             some = teach(table.slice(0, config.report.images))

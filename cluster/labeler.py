@@ -1,164 +1,377 @@
-"""Labels once and for all: the teachers over every picture of a manifest, one PNG a map in the label folder.
+"""Labels once and for all: every part of a label store that is missing, in the order in which it is needed.
 
-    <out>/depth/<image path>.png    <out>/segmentation/<image path>.png    <out>/labels.json
+    rows of a part ─► Fetch ─► depth actors ─► segmentation actors ─► Keep ─► _Write       labels/
+    a part of labels ─► Unpack ─► encoder actors ─► _Write                                 codes/
 
-A picture whose maps are all there is skipped, so a second run does only what is missing. Maps are written
-whole or not at all. `labels.json` names the teachers; a folder of other teachers is refused.
+`unimrg.label` does this as a job of its own; `labels.mode=streaming` beside training, in the actor
+`Labeller`.
+A part is made of whole units and written by one task, which may be repeated: its content depends on its rows
+alone, so whatever dies in between, the store ends up the same.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from PIL import Image
-from ray.data import DataContext
-from tqdm import tqdm
+from ray.data import Dataset, TaskPoolStrategy
 
-from cluster.pipeline import add_teachers, open_manifest, open_sources
-from cluster.prepare import make_absolute, prepare_data
-from cluster.session import ray_session
-from unimrg.config import LabelConfig, RunConfig, TeachersConfig
+from cluster.pipeline import (
+    POLL_SECONDS,
+    READ_COLUMNS,
+    Stored,
+    images_of,
+    join_stored,
+    open_manifest,
+    open_order,
+    preparers,
+    quiet_context,
+    samples_needed,
+)
+from cluster.session import on_this_node
+from cluster.teachers import add_encoder, add_teachers, identify, label_key, make_encoder
+from unimrg.config import RunConfig, from_plain
+from unimrg.data.label_store import LabelStore, Parts
 from unimrg.data.manifest import Manifest
-from unimrg.data.stages import MAPS, Fetch, stored_name
-from unimrg.errors import ConfigError, DataError, SampleError
-from unimrg.storage import Store
+from unimrg.data.order import Order
+from unimrg.data.stages import MAPS, PADDING, Fetch, Keep, Sources, Unpack
+from unimrg.storage import Store, take_retries
 
-IDENTITY = "labels.json"
-QUARANTINE = "quarantine.jsonl"
-
-
-def run(config: LabelConfig) -> int:
-    """Label everything that isn't yet; returns the exit status."""
-    whole = RunConfig(
-        s3=config.s3,
-        data=config.data,
-        teachers=config.teachers,
-        cluster=config.cluster,
-        storage_path=config.out,
-    )
-    make_absolute(whole)
-    out = Store.at(config.out, config.s3.store())
-    out.check_writable()
-    prepare_data(whole)
-    _identify(out, config.teachers)
-    manifest = open_manifest(whole.data.manifest, whole.s3, group_by_image=True)
-    missing = find_missing(manifest, out)
-    print(f"{len(missing)} of {len(manifest)} entries need labels in {out.url}", flush=True)
-    if not missing:
-        return 0
-    with ray_session() as logs:
-        print(f"Ray's logs: {logs}", flush=True)
-        done, bad = _label(whole, manifest, missing, out)
-    print(f"labelled {done}, skipped {len(bad)}: {out.url}", flush=True)
-    if bad:
-        checked = done + len(bad)
-        out.write_bytes(QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad).encode())
-        if checked >= config.data.min_checked and len(bad) > config.data.max_bad_share * checked:
-            raise DataError(
-                f"{len(bad)} of {checked} pictures could not be labelled; see {out.url}/{QUARANTINE}, "
-                f"mend the data or raise data.max_bad_share ({config.data.max_bad_share:g})"
-            )
-    return 0
+WRITE_CPUS = 0.25
+READ_CPUS = 0.5
 
 
-def find_missing(manifest: Manifest, out: Store) -> list[int]:
-    """Rows with a picture of which some map is not stored yet."""
-    stored = {name: {entry.path for entry in out.child(name).list(recursive=True)} for name in MAPS}
-    missing = []
-    row = 0
-    for batch in manifest.iter_batches():
-        for image in batch.column("image").to_pylist():
-            if image is not None and not all(_stored(image) in stored[name] for name in MAPS):
-                missing.append(row)
-            row += 1
-    return missing
+@dataclass(frozen=True)
+class Job:
+    """One data set to label. encoder: identity of the frozen encoder that codes are wanted of, or None."""
+
+    manifest: Manifest
+    sources: Sources
+    store: LabelStore
+    codes: Parts | None = None
 
 
-def _stored(image: str) -> str:
-    """The stored name, or the path itself where it isn't allowed: such a row is never there and gets told."""
-    try:
-        return stored_name(image)
-    except SampleError:
-        return image
+def open_stores(config: RunConfig, wait: bool) -> list[Stored]:
+    """The label store of every data set of a run, made where it is missing.
+
+    wait: they may be written while the run goes on; else they must be there in full, and teachers need not be
+    known by their weights. Raises DataError, CheckpointError, StorageError.
+    """
+    root = Store.at(config.labels.store, config.s3.store())
+    who = identify(config) if wait else {}
+    encoder = make_encoder(config) if config.labels.codes else None
+    found = []
+    for url in config.data.places():
+        manifest = open_manifest(url, config.s3, config.data.group_by_image)
+        key = label_key(config, url, images_of(config, url).url, manifest)
+        labels = LabelStore.create(root, key | {"teachers": who}) if wait else LabelStore.find(root, key)
+        if encoder is None:
+            found.append(Stored(labels))
+        else:
+            codes = labels.codes(encoder.identity | {"geometry": config.data.geometry})
+            found.append(Stored(labels, codes, encoder.reads_pixels))
+    return found
 
 
-def _identify(out: Store, teachers: TeachersConfig) -> None:
-    """Write who labels, or refuse a folder that others labelled."""
-    who = {
-        "depth": [teachers.depth.name, teachers.depth.checkpoint],
-        "segmentation": [teachers.segmentation.name, teachers.segmentation.checkpoint],
-        "sam": vars(teachers.sam) if teachers.segmentation.name == "sam" else None,
-    }
-    try:
-        there = json.loads(out.read_bytes(IDENTITY))
-    except FileNotFoundError:
-        out.write_bytes(IDENTITY, json.dumps(who, indent=1).encode())
+def jobs_of(config: RunConfig, stored: Sequence[Stored]) -> list[Job]:
+    """What there is to label."""
+    jobs = []
+    for url, one in zip(config.data.places(), stored, strict=True):
+        teachers = config.teachers
+        maps = Store.at(teachers.stored, config.s3.store()) if teachers.stored else None
+        sources = Sources(
+            images_of(config, url), _read_map(teachers.depth), _read_map(teachers.segmentation), maps
+        )
+        manifest = open_manifest(url, config.s3, config.data.group_by_image)
+        jobs.append(Job(manifest, sources, one.labels, one.codes))
+    return jobs
+
+
+def _read_map(teacher: Any) -> str:
+    """What `Fetch` shall do for a map: make it, read it, or leave it to a later stage."""
+    return "" if teacher.name == "none" else str(teacher.name)
+
+
+Place = tuple[int, int]  # (number of the job, number of the part)
+
+
+def all_parts(jobs: Sequence[Job]) -> list[Place]:
+    """Every part of every data set."""
+    return [(number, part) for number, job in enumerate(jobs) for part in range(job.store.parts)]
+
+
+def parts_in_order(order: Order, jobs: Sequence[Job], start: int, stop: int) -> list[Place]:
+    """The parts that positions start..stop-1 need, each where it is first needed."""
+    seen: dict[Place, None] = {}
+    epoch = sum(job.store.rows for job in jobs)
+    for first, last in order.spans(start, min(stop, start + 2 * epoch)):
+        source, row = order(first, last)
+        for number, job in enumerate(jobs):
+            parts = np.unique(row[source == number] // job.store.shard_rows)
+            seen.update(dict.fromkeys((number, int(part)) for part in parts))
+    return list(seen)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A part that was written. kind: labels or codes; reasons: its unusable rows by reason."""
+
+    kind: str
+    rows: int
+    reasons: dict[str, int]
+    retries: dict[str, int]
+
+
+Report = Callable[[Told], None]
+
+
+def label(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place], report: Report) -> None:
+    """Write the labels, and beside them the codes, of those places that lack them; in their order.
+
+    report: called for every part written. Raises UnimrgError, or what Ray makes of it.
+    """
+    lacking = _missing(jobs, places, lambda job: job.store.labels)
+    uncoded = _missing(jobs, places, lambda job: job.codes)
+    failures: list[BaseException] = []
+
+    def encode() -> None:
+        try:
+            _run(_encoding(config, jobs, uncoded), "codes", report)
+        except BaseException as error:
+            failures.append(error)
+
+    side = threading.Thread(target=encode, daemon=True, name="encode")
+    if uncoded:
+        side.start()
+    _run(_labelling(config, jobs, lacking), "labels", report)
+    if uncoded:
+        side.join()
+    if failures:
+        raise failures[0]
+
+
+def _missing(
+    jobs: Sequence[Job], places: Sequence[Place], kind: Callable[[Job], Parts | None]
+) -> list[Place]:
+    folders = [kind(job) for job in jobs]
+    done = [set() if folder is None else folder.done() for folder in folders]
+    return [(n, part) for n, part in places if folders[n] is not None and part not in done[n]]
+
+
+def _run(dataset: Dataset | None, kind: str, report: Report) -> None:
+    """Drain a pipeline, telling of every part it wrote."""
+    if dataset is None:
         return
-    if there != who:
-        raise ConfigError(f"out: {out.url} holds labels of other teachers ({there}); choose another folder")
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for told in batch["told"].to_pylist():
+            report(Told(kind, **json.loads(told)))
 
 
-def _label(
-    config: RunConfig, manifest: Manifest, rows: list[int], out: Store
-) -> tuple[int, list[dict[str, Any]]]:
-    """Fetch, teach, store; returns how many were stored and the rows that were not."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    unit = config.data.unit
-    units = [{"rows": rows[at : at + unit]} for at in range(0, len(rows), unit)]
-    dataset = ray.data.from_items(units, override_num_blocks=len(units))
-    read = _Read(manifest, Fetch(open_sources(config), config.data))
-    dataset = dataset.map_batches(read, batch_format="pyarrow", batch_size=1)
-    dataset = add_teachers(dataset, config)
-    dataset = dataset.map_batches(_Keep(out), batch_format="pyarrow", batch_size=None)
-    done, bad = 0, []
-    with tqdm(total=len(rows), unit="picture", disable=None) as bar:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            results = batch.to_pylist()
-            bar.update(len(results))
-            done += sum(not row["reason"] for row in results)
-            bad += [row for row in results if row["reason"]]
-    return done, bad
+# -- labels --------------------------------------------------------------------------------------------------
+
+
+def _labelling(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) -> Dataset | None:
+    if not places:
+        return None
+    quiet_context()
+    unit, size = config.data.unit, config.data.shard_rows
+    units = [
+        {"job": n, "part": part, "start": part * size + at, "stop": part * size + at + unit}
+        for n, part in places
+        for at in range(0, size, unit)
+    ]
+    fetch = Fetch([job.sources for job in jobs], config.data, keep=config.labels.embed)
+    dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        _Read(_start_desk(jobs), fetch),
+        batch_format="pyarrow",
+        batch_size=1,
+        num_cpus=READ_CPUS,
+        compute=TaskPoolStrategy(size=preparers()),
+    )
+    dataset = add_teachers(dataset, config).map_batches(
+        Keep(config.labels.embed), batch_format="pyarrow", batch_size=None, num_cpus=WRITE_CPUS
+    )
+    return _written(dataset, size, _Write([job.store for job in jobs], [job.store.labels for job in jobs]))
+
+
+def _written(dataset: Dataset, size: int, write: _Write) -> Dataset:
+    """Parts put together from units, and stored."""
+    return dataset.repartition(target_num_rows_per_block=size, strict=True).map_batches(
+        write, batch_format="pyarrow", batch_size=size, num_cpus=WRITE_CPUS
+    )
+
+
+class _Desk:
+    """Serves manifest rows, which lie on this node, and says when a part has its labels.
+
+    Whoever asks waits in `ray.get`, which lends its share of the CPU to others.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = list(jobs)
+
+    def rows(self, job: int, part: int, start: int, stop: int) -> pa.Table:
+        """See `unit_rows`."""
+        return unit_rows(self.jobs[job].manifest, job, part, start, stop)
+
+    def wait_for(self, job: int, part: int) -> None:
+        """Return when the labels of a part are there."""
+        while not self.jobs[job].store.labels.is_done(part):
+            time.sleep(POLL_SECONDS)
+
+
+def _start_desk(jobs: Sequence[Job]) -> Any:
+    desk = ray.remote(_Desk).options(num_cpus=0, max_concurrency=16, scheduling_strategy=on_this_node())
+    return desk.remote(jobs)
 
 
 class _Read:
-    """Rows of the manifest, fetched."""
+    """Rows of the manifests, fetched. Rows behind the last one are padding."""
 
-    def __init__(self, manifest: Manifest, fetch: Fetch) -> None:
-        self.manifest = manifest
+    def __init__(self, desk: Any, fetch: Fetch) -> None:
+        self.desk = desk
         self.fetch = fetch
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        indices = np.concatenate([np.asarray(unit) for unit in table["rows"].to_pylist()])
-        rows = self.manifest.rows(indices)
-        # The position carries the row's number, and the id the image's path, which names the stored maps.
-        rows = rows.append_column("position", pa.array(indices))
-        return self.fetch(rows.set_column(rows.schema.get_field_index("id"), "id", rows["image"]))
+        rows = ray.get([self.desk.rows.remote(**unit) for unit in table.to_pylist()])
+        return pa.concat_tables([self.fetch(unit) for unit in rows])
 
 
-class _Keep:
-    """Write the maps of every good row."""
+def unit_rows(manifest: Manifest, job: int, part: int, start: int, stop: int) -> pa.Table:
+    """Manifest rows start..stop-1 with `position` (the row), `source` and `part`, padded at the end."""
+    there = range(start, max(start, min(stop, len(manifest))))
+    rows = manifest.rows(np.arange(there.start, there.stop))
+    rows = rows.select([name for name in READ_COLUMNS if name in rows.column_names])
+    missing = stop - start - len(rows)
+    if missing:
+        nothing = {f.name: pa.nulls(missing, f.type) for f in rows.schema}
+        nothing["error"] = pa.array([PADDING] * missing, rows.schema.field("error").type)
+        rows = pa.concat_tables([rows, pa.table(nothing, schema=rows.schema)])
+    for name, values in (
+        ("position", np.arange(start, stop)),
+        ("source", np.full(len(rows), job)),
+        ("part", np.full(len(rows), join_place(job, part))),
+    ):
+        rows = rows.append_column(name, pa.array(values))
+    return rows.combine_chunks()
 
-    def __init__(self, out: Store) -> None:
-        self.out = out
+
+def join_place(job: int, part: int) -> int:
+    """A place as one integer, for a column."""
+    return job << 40 | part
+
+
+def split_place(place: int) -> Place:
+    """Inverse of `join_place`."""
+    return place >> 40, place & (1 << 40) - 1
+
+
+class _Write:
+    """One part to the store; its unusable rows first, into the quarantine."""
+
+    def __init__(self, stores: Sequence[LabelStore] | None, parts: Sequence[Parts]) -> None:
+        self.stores = stores
+        self.parts = list(parts)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        results = []
-        for row in table.to_pylist():
-            if not row["error"]:
-                for name in MAPS:
-                    picture = np.frombuffer(row[name], np.uint8).reshape(row["height"], row["width"])
-                    self.out.write_bytes(f"{name}/{stored_name(row['id'])}", _png(picture))
-            results.append({"image": row["id"], "reason": row["error"] or "", "detail": row["detail"] or ""})
-        return pa.Table.from_pylist(results)
+        ((place),) = set(table["part"].to_pylist())
+        job, part = split_place(place)
+        rows = table.filter(pa.compute.not_equal(table["error"].fill_null(""), PADDING))
+        bad = [
+            {"row": row["row"], "id": row["id"], "reason": row["error"], "detail": row["detail"]}
+            for row in rows.select(["row", "id", "error", "detail"]).to_pylist()
+            if row["error"]
+        ]
+        if bad and self.stores is not None:
+            self.stores[job].quarantine(part, bad)
+        self.parts[job].write(part, rows)
+        reasons = Counter(row["reason"] for row in bad)
+        told = {"rows": len(rows), "reasons": reasons, "retries": take_retries()}
+        return pa.table({"told": [json.dumps(told)]})
 
 
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
+# -- codes ---------------------------------------------------------------------------------------------------
+
+
+def _encoding(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) -> Dataset | None:
+    if not places:
+        return None
+    quiet_context()
+    size = config.data.shard_rows
+    items = [{"job": n, "part": part} for n, part in places]
+    images = [job.sources.images for job in jobs]
+    stores = [job.store for job in jobs]
+    read = _ReadPart(_start_desk(jobs), stores, Unpack(images, config.data), config.data.unit)
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read, batch_format="pyarrow", batch_size=1, num_cpus=READ_CPUS, compute=TaskPoolStrategy(size=1)
+    )
+    return _written(add_encoder(dataset, config), size, _Write(None, [_codes(job) for job in jobs]))
+
+
+def _codes(job: Job) -> Parts:
+    assert job.codes is not None
+    return job.codes
+
+
+class _ReadPart:
+    """A part of the labels, decoded, unit by unit, with its padding."""
+
+    def __init__(self, desk: Any, stores: Sequence[LabelStore], unpack: Unpack, unit: int) -> None:
+        self.desk = desk
+        self.stores = list(stores)
+        self.unpack = unpack
+        self.unit = unit
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        ((job, part),) = ((item["job"], item["part"]) for item in table.to_pylist())
+        ray.get(self.desk.wait_for.remote(job, part))
+        store = self.stores[job]
+        size = store.shard_rows
+        rows = ray.get(self.desk.rows.remote(job, part, part * size, part * size + size))
+        stored = Stored(store).read(part, MAPS)
+        nothing = {f.name: pa.nulls(size - len(stored), f.type) for f in stored.schema}
+        whole = join_stored(rows, pa.concat_tables([stored, pa.table(nothing)]))
+        whole = whole.append_column("part", rows["part"])
+        for at in range(0, size, self.unit):
+            yield self.unpack(whole.slice(at, self.unit))
+
+
+# -- beside training -----------------------------------------------------------------------------------------
+
+
+class Labeller:
+    """Labels in the background, in an actor on the driver's node that outlives the training workers."""
+
+    def __init__(self, plain: dict[str, Any], monitor: Any) -> None:
+        self.config = from_plain(plain)
+        self.monitor = monitor
+        self._failure = ""
+
+    def start(self, stored: list[Stored], start: int, samples: int) -> None:
+        """Begin with what positions from `start` on need, for `samples` usable samples; returns at once."""
+        threading.Thread(target=self._work, args=(stored, start, samples), daemon=True, name="label").start()
+
+    def failure(self) -> str:
+        """Why nothing more will be labelled, or ""."""
+        return self._failure
+
+    def _work(self, stored: list[Stored], start: int, samples: int) -> None:
+        try:
+            jobs = jobs_of(self.config, stored)
+            order = open_order(self.config, [job.manifest for job in jobs])
+            places = parts_in_order(order, jobs, start, start + samples_needed(self.config, samples))
+            label(self.config, jobs, places, self._tell)
+        except BaseException as error:
+            self._failure = f"labelling stopped: {' '.join(str(error).split())[-600:]}"
+            self.monitor.event.remote("failure", self._failure)
+
+    def _tell(self, told: Told) -> None:
+        self.monitor.labelled.remote(told.rows, told.kind, told.retries)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.session import on_this_node
 from unimrg.metrics import JsonlSink, PrometheusTextSink, read_jsonl
 
 
@@ -36,10 +36,12 @@ class Monitor:
         self.started = any(row["event"] == "start" for row in read_jsonl(self.folder / "events.jsonl"))
         self.latest: dict[str, Any] = {}
         self.step = 0
+        self.retries: Counter[str] = Counter()
+        self.labelled_rows: Counter[str] = Counter()
 
     def write(self, record: dict[str, Any]) -> str:
         """Store a step's record; returns a reason to stop, or ""."""
-        self.latest = record | self.skipped()
+        self.latest = record | self.skipped() | self.data()
         self.step = int(record["step"])
         self.metrics.write(self.latest)
         self.textfile.write(self.latest)
@@ -57,9 +59,15 @@ class Monitor:
         self.event("resume" if self.started else "start", detail, step)
         self.started = True
 
-    def audit(self, first: int, stop: int, bad: list[dict[str, Any]]) -> None:
-        """Positions first..stop-1 were prepared; `bad` of them are quarantined."""
+    def audit(
+        self, first: int, stop: int, bad: list[dict[str, Any]], retries: dict[str, int] | None = None
+    ) -> None:
+        """Positions first..stop-1 were prepared; `bad` of them are quarantined.
+
+        retries: storage requests made again, by reason.
+        """
         self.checked.add((first, stop))
+        self.retries.update(retries or {})
         for row in bad:
             if row["position"] not in self.bad:
                 self.bad[row["position"]] = row["reason"]
@@ -69,6 +77,16 @@ class Monitor:
         """Counts for the metrics: `skipped` and `skipped/<reason>`."""
         reasons = Counter(self.bad.values())
         return {"skipped": len(self.bad)} | {f"skipped/{reason}": n for reason, n in reasons.items()}
+
+    def labelled(self, rows: int, kind: str, retries: dict[str, int]) -> None:
+        """A part of the label store was written; kind: labels or codes."""
+        self.labelled_rows[kind] += rows
+        self.retries.update(retries)
+
+    def data(self) -> dict[str, int]:
+        """Counts for the metrics: storage requests that were made again, rows labelled and encoded."""
+        counts = {f"retries/{reason}": n for reason, n in self.retries.items()}
+        return counts | {f"labelled/{kind}": n for kind, n in self.labelled_rows.items()}
 
     def verdict(self) -> str:
         """Why the run should stop, or ""."""
@@ -89,6 +107,5 @@ class Monitor:
 
 def start_monitor(folder: Path, command: str, max_bad_share: float, min_checked: int) -> Any:
     """A handle to a new monitor on this node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here)
+    actor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_this_node())
     return actor.remote(str(folder), command, max_bad_share, min_checked)

@@ -1,33 +1,61 @@
-"""Ray Data: manifest rows to samples, streamed through teacher actors to the training workers.
+"""Ray Data: from a data set or its label store to the training workers, in one order.
 
-The run reads one endless ordered list: position p is entry `p % n` of epoch `p // n`. Resuming means to
-start later in that list: nothing is read or labelled twice. Order is kept through the whole pipeline, rows
-that were rejected close up, and blocks hold exactly one worker's share of a batch, so global batch k is the
-k-th run of usable rows whatever the timing and the number of workers.
+The run reads one endless ordered list (`unimrg.data.order`). Resuming means to start later in that list:
+nothing is read or labelled twice. Order is kept through the whole pipeline, rows that were rejected close up,
+and blocks hold exactly one worker's share of a batch, so global batch k is the k-th run of usable rows
+whatever the timing and the number of workers.
+
+    spans of the list ─► _ReadStored (one window of the label store) ─► _Finish(Prepare) ─► split
+    units of the list ─► _ReadRaw (pictures where they lie)          ─► _Finish(Render)  ─► split
+
+How far it works ahead of training is counted in samples, not in bytes: `Ingest.release` holds readers back.
 """
 
 from __future__ import annotations
 
-import functools
+import bisect
 import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data import DataContext, Dataset, TaskPoolStrategy
 from ray.data.expressions import col
 
-from unimrg.config import RunConfig, S3Options, TeacherConfig, TeachersConfig
-from unimrg.data.manifest import Manifest, build_index, epoch_order
-from unimrg.data.stages import Fetch, Render, Sources, Teach, wanted_maps
+from unimrg.config import RunConfig, S3Options
+from unimrg.data.label_store import LabelStore, Parts
+from unimrg.data.manifest import Manifest, build_index
+from unimrg.data.order import Epochs, Order
+from unimrg.data.stages import (
+    MAPS,
+    STORED,
+    Fetch,
+    Prepare,
+    Render,
+    Sources,
+    Unpack,
+    wanted_maps,
+)
+from unimrg.errors import DataError
 from unimrg.families import load_family
-from unimrg.storage import Store
-from unimrg.teachers import Teacher
+from unimrg.storage import Store, take_retries
 from unimrg.weights import localized
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
+READERS = 2
+READ_CPUS = 0.25
+READ_THREADS = 8
+POLL_SECONDS = 0.2
+READ_COLUMNS = ("id", "image", "place", "conversations", "depth", "masks", "error", "detail")
+MANIFEST_COLUMNS = ("id", "position", "source", "conversations", "image", "place")
+STEPS_AHEAD = 16
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -42,87 +70,179 @@ def open_manifest(url: str, s3: S3Options, group_by_image: bool) -> Manifest:
     return build_index(Store.at(folder, s3.store()), name, INDEX_FOLDER.expanduser(), group_by_image)
 
 
-def open_sources(config: RunConfig) -> Sources:
-    """Where pictures and ready-made maps lie."""
+def images_of(config: RunConfig, manifest: str) -> Store:
+    """Where the pictures of a manifest lie."""
+    return Store.at(config.data.images or split_url(manifest)[0], config.s3.store())
+
+
+def open_sources(config: RunConfig, manifest: str = "") -> Sources:
+    """Where pictures and ready-made maps of a manifest (the first one) lie."""
     depth, segmentation = wanted_maps(
         config.weights.active(), config.teachers.depth.name, config.teachers.segmentation.name
     )
-    s3 = config.s3.store()
-    images = config.data.images or split_url(config.data.manifest)[0]
-    stored = Store.at(config.teachers.stored, s3) if config.teachers.stored else None
-    return Sources(Store.at(images, s3), depth, segmentation, stored)
+    stored = Store.at(config.teachers.stored, config.s3.store()) if config.teachers.stored else None
+    return Sources(images_of(config, manifest or config.data.places()[0]), depth, segmentation, stored)
 
 
-def make_teacher(name: str, config: TeachersConfig) -> Teacher:
-    """The teacher of a later stage; loads its weights."""
-    teacher = getattr(config, name)
-    if teacher.name == "depth_anything":
-        from unimrg.teachers.depth import DepthAnything
+def uses_store(config: RunConfig) -> bool:
+    """Do samples come out of a label store? Only drawings of depth or segmentation need labels."""
+    if config.labels.mode == "off":
+        return False
+    wanted = [config.teachers.depth, config.teachers.segmentation]
+    active = [t for t, name in zip(wanted, MAPS, strict=True) if name in config.weights.active()]
+    return any(teacher.is_model for teacher in active) or (bool(active) and config.labels.codes)
 
-        return DepthAnything(teacher.checkpoint, batch_size=teacher.batch_size)
-    from unimrg.teachers.segmentation import SamBoundaries
 
-    sam = config.sam
-    return SamBoundaries(
-        teacher.checkpoint,
-        points_per_side=sam.points_per_side,
-        points_per_batch=sam.points_per_batch,
-        pred_iou_thresh=sam.pred_iou_thresh,
-        stability_score_thresh=sam.stability_score_thresh,
-        box_nms_thresh=sam.box_nms_thresh,
+@dataclass(frozen=True)
+class Stored:
+    """What the label store holds of one data set. codes: None if pixels are encoded in the training step;
+    pixels: does the family look at pictures beside their codes?"""
+
+    labels: LabelStore
+    codes: Parts | None = None
+    pixels: bool = True
+
+    @property
+    def last(self) -> Parts:
+        """What is written last of all that is read."""
+        return self.labels.labels if self.codes is None else self.codes
+
+    def read(self, number: int, maps: Sequence[str]) -> pa.Table:
+        """A part as the columns of STORED that don't come from the manifest; what isn't needed is null."""
+        tables = []
+        if self.codes is None or self.pixels:
+            columns = ["image", "height", "width", *(maps if self.codes is None else ()), "error", "detail"]
+            table = self.labels.labels.read(number, columns)
+            tables.append(table.rename_columns({"image": "encoded"}))
+        if self.codes is not None:
+            names = ["image_codes", "pixel_codes", *(f"{name}_codes" for name in maps)]
+            columns = ["side", "valid", *names, "codes_shape", "codes_dtype", "error", "detail"]
+            tables.append(self.codes.read(number, columns))  # the errors of the labels are among these
+        found = {name: table[name] for table in tables for name in table.column_names}
+        return pa.table(
+            {
+                field.name: found.get(field.name, pa.nulls(len(tables[0]), field.type))
+                for field in STORED
+                if field.name not in MANIFEST_COLUMNS
+            }
+        )
+
+
+def open_order(config: RunConfig, manifests: Sequence[Manifest]) -> Order:
+    """The list a run trains on. Pictures are held out of the first data set, unless there is a second one."""
+    data = config.data
+    held_out = [0 if data.held_out else data.held_out_count] + [0] * (len(manifests) - 1)
+    epochs = [
+        Epochs(len(manifest), config.seed, count, data.shard_rows, data.window)
+        for manifest, count in zip(manifests, held_out, strict=True)
+    ]
+    return Order(epochs, data.shares or [1.0] * len(epochs), config.seed)
+
+
+def samples_needed(config: RunConfig, samples: int) -> int:
+    """Rows to prepare so that `samples` usable ones are among them, as far as the run may lose any."""
+    return (
+        math.ceil(samples / max(1 - config.data.max_bad_share, 0.5))
+        + 4 * config.data.unit
+        + config.data.min_checked
     )
-
-
-class Rows:
-    """The endless ordered list over a manifest's training part.
-
-    held_out: this many entries, the same in every run of a seed, are left out of training.
-    """
-
-    def __init__(self, manifest: Manifest, seed: int, held_out: int) -> None:
-        self.manifest = manifest
-        self.seed = seed
-        self.training, self.held_out = split_held_out(len(manifest), seed, held_out)
-        self._order = functools.lru_cache(maxsize=2)(self._epoch)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        return self.training[epoch_order(len(self.training), self.seed, epoch)]
-
-    def __call__(self, start: int, stop: int) -> pa.Table:
-        """Manifest rows of positions start..stop-1 with their `position`."""
-        positions = np.arange(start, stop)
-        epochs, places = np.divmod(positions, len(self.training))
-        indices = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        return self.manifest.rows(indices).append_column("position", pa.array(positions))
-
-
-def split_held_out(n: int, seed: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Entries to train on and entries held out (at most half of them), a function of (n, seed) alone."""
-    kept_back = min(held_out, n // 2)
-    order = epoch_order(n, seed + 1_000_003, 0)
-    return np.sort(order[kept_back:]), np.sort(order[:kept_back])
 
 
 class Ingest:
     """Owns a worker group's pipeline; lives on rank 0's node and dies with it.
 
-    Serves manifest rows to the pipeline's own tasks, so that the manifest is read where it is mapped.
+    Serves manifest rows to the pipeline's own tasks, so that the manifest is read where it is mapped, and
+    holds readers back until training is near.
     """
 
-    def __init__(self, plain: dict[str, Any], monitor: Any) -> None:
+    def __init__(
+        self, plain: dict[str, Any], monitor: Any, labeller: Any, stored: list[Stored] | None
+    ) -> None:
         from unimrg.config import from_plain
 
         self.config = from_plain(plain)
-        self.monitor = monitor
-        manifest = open_manifest(self.config.data.manifest, self.config.s3, self.config.data.group_by_image)
-        held_out = 0 if self.config.data.held_out else self.config.data.held_out_count
-        self._rows = Rows(manifest, self.config.seed, held_out)
-
+        self.monitor, self.labeller = monitor, labeller
+        data = self.config.data
+        self.manifests = [open_manifest(url, self.config.s3, data.group_by_image) for url in data.places()]
+        self.order = open_order(self.config, self.manifests)
+        self.stored = stored
+        self.ahead = data.ahead or max(STEPS_AHEAD * self.config.train.batch_size, 4 * data.unit)
+        self._moved = threading.Condition()
+        self._trained = 0
+        self._bad: list[int] = []
+        self._there: set[tuple[int, int]] = set()
         self._shards: list[Any] = []
 
+    # -- what the pipeline's tasks ask -----------------------------------------------------------------------
+
     def rows(self, start: int, stop: int) -> pa.Table:
-        """See `Rows`."""
-        return self._rows(start, stop)
+        """Manifest rows of positions start..stop-1 in order, with `position`, `source` and `row`."""
+        source, row = self.order(start, stop)
+        tables, places = [], []
+        for number, manifest in enumerate(self.manifests):
+            mine = np.flatnonzero(source == number)
+            if len(mine):
+                table = manifest.rows(row[mine])
+                tables.append(table.select([c for c in READ_COLUMNS if c in table.column_names]))
+                places.append(mine)
+        place = np.concatenate(places)
+        table = pa.concat_tables(tables, promote_options="default")
+        table = table.take(pa.array(np.argsort(place, kind="stable"))).combine_chunks()
+        for name, values in (("position", np.arange(start, stop)), ("source", source), ("row", row)):
+            table = table.append_column(name, pa.array(values))
+        return table
+
+    def release(self, position: int) -> None:
+        """Return when training is near enough to `position`; skipped samples don't count."""
+        with self._moved:
+            while position >= self._trained + self.ahead + len(self._bad):
+                self._moved.wait(timeout=10)
+
+    def trained(self, position: int) -> None:
+        """Training has used everything before `position`."""
+        with self._moved:
+            self._trained = max(self._trained, position)
+            del self._bad[: bisect.bisect_left(self._bad, self._trained)]
+            self._moved.notify_all()
+
+    def skipped(self, positions: list[int]) -> None:
+        """These samples will never be trained on."""
+        with self._moved:
+            for position in positions:
+                if position >= self._trained and position not in self._bad:
+                    bisect.insort(self._bad, position)
+            self._moved.notify_all()
+
+    def wait_for(self, parts: list[tuple[int, int]]) -> None:
+        """Return when these parts, (source, number), are in the store.
+
+        Raises DataError when nobody will write them.
+        """
+        for source, number in parts:
+            while not self._is_there(source, number):
+                self._check_labeller(source, number)
+                time.sleep(POLL_SECONDS)
+
+    def _is_there(self, source: int, number: int) -> bool:
+        if (source, number) not in self._there:
+            assert self.stored is not None
+            if not self.stored[source].last.is_done(number):
+                return False
+            self._there.add((source, number))
+        return True
+
+    def _check_labeller(self, source: int, number: int) -> None:
+        if self.labeller is None:
+            assert self.stored is not None
+            raise DataError(
+                f"part {number} is not in {self.stored[source].last.store.url}; run unimrg.label with the "
+                f"same settings, or use labels.mode=streaming"
+            )
+        reason = ray.get(self.labeller.failure.remote())
+        if reason:
+            raise DataError(reason)
+
+    # -- the workers' side -----------------------------------------------------------------------------------
 
     def shard(self, rank: int) -> Any:
         """The iterator of one rank, after `split`."""
@@ -130,82 +250,67 @@ class Ingest:
 
     def split(self, myself: Any, position: int, samples: int, workers: int) -> None:
         """Prepare iterators, one a worker, over at least `samples` usable samples from `position` on."""
-        share = self.config.data.max_bad_share
-        needed = (
-            math.ceil(samples / max(1 - share, 0.5))
-            + 4 * self.config.data.unit
-            + self.config.data.min_checked
-        )
-        dataset = sample_dataset(self.config, myself, self.monitor, position, needed)
+        self.trained(position)
+        dataset = self._dataset(myself, position, position + samples_needed(self.config, samples))
         dataset = dataset.repartition(
             target_num_rows_per_block=self.config.train.batch_size // workers, strict=True
         )
         self._shards = dataset.streaming_split(workers, equal=True)
 
+    def _dataset(self, myself: Any, start: int, stop: int) -> Dataset:
+        """Samples of positions start..stop-1, in order; quarantined ones are missing."""
+        quiet_context()
+        config = self.config
+        with localized(config.family, config.s3.store(), only_descriptions=True) as family:
+            side = load_family(family.name).image_size(family)
+        render = Render(side, config.data.geometry)
+        if self.stored is not None:
+            spans, readers = list(self.order.spans(start, stop)), READERS
+            maps = tuple(name for name in MAPS if name in config.weights.active())
+            images = [images_of(config, url) for url in config.data.places()]
+            read: Any = _ReadStored(myself, self.stored, maps, config.data.unit)
+            work: Any = Prepare(Unpack(images, config.data, maps), render, self.stored[0].pixels)
+        else:
+            unit, readers = config.data.unit, preparers()
+            spans = [(at, min(at + unit, stop)) for at in range(start, stop, unit)]
+            sources = [open_sources(config, url) for url in config.data.places()]
+            read, work = _ReadRaw(myself, Fetch(sources, config.data)), render
+        dataset = ray.data.from_items(
+            [{"start": a, "stop": b} for a, b in spans], override_num_blocks=len(spans)
+        )
+        return (
+            dataset.map_batches(
+                read,
+                batch_format="pyarrow",
+                batch_size=1,
+                num_cpus=READ_CPUS,
+                compute=TaskPoolStrategy(size=readers),
+            )
+            .map_batches(
+                _Finish(self.monitor, myself, work),
+                batch_format="pyarrow",
+                batch_size=None,
+                num_cpus=0.5,
+                compute=TaskPoolStrategy(size=preparers()),
+            )
+            .filter(expr=col("error") == "")
+        )
 
-def sample_dataset(config: RunConfig, ingest: Any, monitor: Any, position: int, rows: int) -> Dataset:
-    """Samples of positions position..position+rows-1, in order; quarantined ones are missing."""
+
+def quiet_context() -> None:
+    """Ray Data's settings for every pipeline of ours."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    unit = config.data.unit
-    starts = range(position, position + rows, unit)
-    dataset = ray.data.from_items(
-        [{"start": start, "stop": min(start + unit, position + rows)} for start in starts],
-        override_num_blocks=len(starts),
-    )
-    with localized(config.family, config.s3.store(), only_descriptions=True) as family:
-        side = load_family(family.name).image_size(family)
-    fetch = Fetch(open_sources(config), config.data)
-    dataset = dataset.map_batches(
-        _Prepare(ingest, fetch),
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=TaskPoolStrategy(size=_fetchers()),
-    )
-    dataset = add_teachers(dataset, config)
-    finish = _Finish(monitor, Render(side, config.data.geometry))
-    return dataset.map_batches(finish, batch_format="pyarrow", batch_size=None).filter(
-        expr=col("error") == ""
-    )
 
 
-def add_teachers(dataset: Dataset, config: RunConfig) -> Dataset:
-    """The model teachers that the config names, each as a pool of actors."""
-    tasks = config.weights.active()
-    names = wanted_maps(tasks, config.teachers.depth.name, config.teachers.segmentation.name)
-    for map_name, teacher in zip(("depth", "segmentation"), names, strict=True):
-        if teacher in ("", "oracle", "stored"):
-            continue
-        options: TeacherConfig = getattr(config.teachers, map_name)
-        actors, gpus = _pool(options)
-        dataset = dataset.map_batches(
-            Teach,
-            fn_constructor_args=(map_name, functools.partial(make_teacher, map_name, config.teachers)),
-            batch_format="pyarrow",
-            batch_size=options.batch_size,
-            compute=ActorPoolStrategy(size=actors),
-            num_gpus=gpus,
-            num_cpus=0.5 if not gpus else 1,
-        )
-    return dataset
-
-
-def _fetchers() -> int:
-    """Tasks that fetch and decode at once: they must keep ahead of training, not take its cores."""
+def preparers() -> int:
+    """Tasks that decode and render at once: they must keep ahead of training, not take its cores."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
 
 
-def _pool(options: TeacherConfig) -> tuple[int, float]:
-    """(actors, GPUs of each)."""
-    gpus_there = int(ray.cluster_resources().get("GPU", 0))
-    gpus = options.gpus if options.gpus >= 0 else float(min(gpus_there, 1))
-    actors = options.actors or max(1, int(gpus_there // gpus) if gpus else 1)
-    return actors, gpus
-
-
-class _Prepare:
+class _ReadRaw:
     """A unit of positions to fetched rows."""
 
     def __init__(self, ingest: Any, fetch: Fetch) -> None:
@@ -213,29 +318,90 @@ class _Prepare:
         self.fetch = fetch
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        parts = [
-            self.fetch(ray.get(self.ingest.rows.remote(unit["start"], unit["stop"])))
-            for unit in table.to_pylist()
-        ]
-        return pa.concat_tables(parts)
+        ((start, stop),) = zip(*table.select(["start", "stop"]).to_pydict().values(), strict=True)
+        ray.get(self.ingest.release.remote(start))
+        return self.fetch(ray.get(self.ingest.rows.remote(start, stop)))
+
+
+class _ReadStored:
+    """A span of positions to rows of the label store (`STORED`), unit by unit.
+
+    Waiting happens inside `ray.get`, which lends this task's share of the CPU to whoever is waited for.
+    """
+
+    def __init__(self, ingest: Any, stored: Sequence[Stored], maps: Sequence[str], unit: int) -> None:
+        self.ingest = ingest
+        self.stored = list(stored)
+        self.maps = tuple(maps)
+        self.unit = unit
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        ((start, stop),) = zip(*table.select(["start", "stop"]).to_pydict().values(), strict=True)
+        ray.get(self.ingest.release.remote(start))
+        rows = ray.get(self.ingest.rows.remote(start, stop))
+        source, row = (rows[name].to_numpy() for name in ("source", "row"))
+        sizes = np.array([one.labels.shard_rows for one in self.stored])[source]
+        keys, part_of = np.unique(np.stack([source, row // sizes]), axis=1, return_inverse=True)
+        tables = self._read([(int(s), int(number)) for s, number in keys.T])
+        for at in range(0, len(rows), self.unit):
+            if at:
+                ray.get(self.ingest.release.remote(start + at))
+            unit = slice(at, at + self.unit)
+            stored = pick(tables, part_of.reshape(-1)[unit], (row % sizes)[unit])
+            yield join_stored(rows.slice(at, self.unit), stored)
+
+    def _read(self, parts: list[tuple[int, int]]) -> list[pa.Table]:
+        """These parts, (source, number), as soon as they are there."""
+        ray.get(self.ingest.wait_for.remote(parts))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return list(pool.map(lambda part: self.stored[part[0]].read(part[1], self.maps), parts))
+
+
+def pick(tables: Sequence[pa.Table], table: np.ndarray, row: np.ndarray) -> pa.Table:
+    """Row `row[i]` of `tables[table[i]]` for every i.
+
+    All in one `take` would overflow where pictures are large.
+    """
+    grouped = np.argsort(table, kind="stable")
+    some = [tables[k].take(pa.array(row[table == k])) for k in np.unique(table)]
+    back = np.empty_like(grouped)
+    back[grouped] = np.arange(len(grouped))
+    return pa.concat_tables(some).take(pa.array(back)).combine_chunks()
+
+
+def join_stored(rows: pa.Table, stored: pa.Table) -> pa.Table:
+    """Manifest rows and what is stored of each, side by side. The manifest's own errors come first."""
+    columns = {}
+    for field in STORED:
+        name = field.name
+        if name in ("error", "detail"):
+            columns[name] = pa.compute.coalesce(rows[name], stored[name])
+        elif name in MANIFEST_COLUMNS:
+            columns[name] = rows[name] if name in rows.column_names else pa.nulls(len(rows), field.type)
+        else:
+            columns[name] = stored[name]
+    return pa.table(columns).cast(STORED)
 
 
 class _Finish:
-    """Rendering, and the tale of what was skipped. Usable rows get the error "": filters know no null."""
+    """To samples, and the tale of what was skipped. Usable rows get the error "": filters know no null."""
 
-    def __init__(self, monitor: Any, render: Render) -> None:
+    def __init__(self, monitor: Any, ingest: Any, work: Callable[[pa.Table], pa.Table]) -> None:
         self.monitor = monitor
-        self.render = render
+        self.ingest = ingest
+        self.work = work
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rendered = self.render(table)
-        errors = rendered["error"].to_pylist()
+        done = self.work(table)
+        errors = done["error"].to_pylist()
         names = ("id", "position", "error", "detail")
-        bad = [row for row in rendered.select(names).to_pylist() if row["error"]]
+        bad = [row for row in done.select(names).to_pylist() if row["error"]]
         for row in bad:
             row["reason"] = row.pop("error")
-        positions = rendered["position"].to_pylist()
+        positions = done["position"].to_pylist()
+        if bad:
+            self.ingest.skipped.remote([row["position"] for row in bad])
         if positions:
-            self.monitor.audit.remote(min(positions), max(positions) + 1, bad)
+            self.monitor.audit.remote(min(positions), max(positions) + 1, bad, take_retries())
         column = pa.array([error or "" for error in errors], pa.string())
-        return rendered.set_column(rendered.schema.get_field_index("error"), "error", column)
+        return done.set_column(done.schema.get_field_index("error"), "error", column)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from cluster.pipeline import open_manifest, split_url
+from cluster.pipeline import images_of, open_manifest, split_url
 from unimrg.config import RunConfig
 from unimrg.errors import DataError
 from unimrg.storage import Store
@@ -16,16 +16,21 @@ from unimrg.weights import PLACES, absolute, check_reachable
 def make_absolute(config: RunConfig) -> None:
     """Local paths as this process sees them: workers run in folders of their own."""
     s3 = config.s3.store()
-    for part, key in ((config, "storage_path"), (config.data, "images"), (config.teachers, "stored")):
+    config.labels.store = config.labels.store or f"{config.storage_path.rstrip('/')}/labels"
+    places = (config.data, "images"), (config.teachers, "stored"), (config.labels, "store")
+    for part, key in ((config, "storage_path"), *places):
         if place := getattr(part, key):
             setattr(part, key, Store.at(place, s3).url)
     for key in PLACES:
         if place := getattr(config.family, key):
             setattr(config.family, key, absolute(place, s3))
-    for key in ("manifest", "held_out"):
-        if url := getattr(config.data, key):
-            folder, name = split_url(url)
-            setattr(config.data, key, f"{Store.at(folder, s3).url}/{name}")
+
+    def whole(url: str) -> str:
+        folder, name = split_url(url)
+        return f"{Store.at(folder, s3).url}/{name}" if url else ""
+
+    config.data.manifest, config.data.held_out = whole(config.data.manifest), whole(config.data.held_out)
+    config.data.manifests = [whole(url) for url in config.data.manifests]
     for teacher in (config.teachers.depth, config.teachers.segmentation):
         if Path(teacher.checkpoint).is_dir():  # anything else is a hub id
             teacher.checkpoint = str(Path(teacher.checkpoint).absolute())
@@ -33,7 +38,7 @@ def make_absolute(config: RunConfig) -> None:
 
 def prepare_data(config: RunConfig) -> None:
     """Write the embedded data set where none is named, and point the config at it."""
-    if config.data.manifest:
+    if config.data.manifest or config.data.manifests:
         return
     from unimrg.data.scenes.write import SceneSettings, write
 
@@ -54,11 +59,10 @@ def check_data(config: RunConfig) -> None:
 
     Raises DataError or StorageError with one sentence.
     """
-    for url in filter(None, (config.data.manifest, config.data.held_out)):
-        manifest = open_manifest(url, config.s3, config.data.group_by_image)
-    if not len(manifest):
-        raise DataError(f"{url} has no entries")
-    Store.at(config.data.images or split_url(config.data.manifest)[0], config.s3.store()).check_readable()
+    for url in filter(None, (*config.data.places(), config.data.held_out)):
+        if not len(open_manifest(url, config.s3, config.data.group_by_image)):
+            raise DataError(f"{url} has no entries")
+        images_of(config, url).check_readable()
 
 
 def check_weights(config: RunConfig) -> None:

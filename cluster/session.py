@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unimrg.errors import UnimrgError
 
 # A pipeline stage, two teachers and a trainer need room side by side; logical CPUs may exceed cores.
-LAPTOP_CPUS = 4
+LAPTOP_CPUS = 8
 OBJECT_STORE_BYTES = 512 << 20
 
 # Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's own processes write there too.
@@ -60,6 +61,11 @@ def ray_session() -> Iterator[str]:
         yield logs
     finally:
         ray.shutdown()
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For actors that read what lies on this node's disk."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def gpus_of_cluster() -> int:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -15,13 +16,17 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.held_out import compare
+from cluster.labeler import Labeller, open_stores
 from cluster.monitor import start_monitor
+from cluster.pipeline import Stored, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.progress import Progress
-from cluster.session import gpus_of_cluster, ray_session
-from cluster.worker import CHECKPOINTS, MODEL, run_store, train_worker
+from cluster.session import gpus_of_cluster, on_this_node, ray_session
+from cluster.teachers import gpus_of_teachers, settle_types
+from cluster.worker import CHECKPOINTS, MODEL, latest_checkpoint, run_store, train_worker
+from unimrg.checkpoint import stored_position
 from unimrg.config import RunConfig, redacted, to_plain
-from unimrg.errors import UnimrgError
+from unimrg.errors import ConfigError, UnimrgError
 from unimrg.report import write_report
 from unimrg.storage import Store
 
@@ -47,8 +52,9 @@ def run(config: RunConfig) -> int:
     with ray_session() as logs:
         gpus = gpus_of_cluster()
         _settle(config, gpus)
+        stored = open_stores(config, wait=config.labels.mode == "streaming") if uses_store(config) else None
         print(f"run {config.name}: {_summary(config)}; Ray's logs: {logs}", flush=True)
-        train(config, folder, gpus)
+        train(config, folder, gpus, stored)
         if config.report.enabled:
             print("scoring held-out pictures before and after", flush=True)
             compare(config, folder, gpus)
@@ -64,14 +70,20 @@ def local_folder(config: RunConfig) -> Path:
     return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS).absolute() / config.name
 
 
-def train(config: RunConfig, folder: Path, gpus: int) -> None:
+def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None) -> None:
     """Run the worker group to its end. Raises UnimrgError when it fails for good."""
     monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked)
     store = run_store(config)
+    labeller = _start_labeller(config, monitor, stored) if config.labels.mode == "streaming" else None
     use_gpu = gpus > 0
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": to_plain(config), "monitor": monitor},
+        train_loop_config={
+            "config": to_plain(config),
+            "monitor": monitor,
+            "labeller": labeller,
+            "stored": stored,
+        },
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.cluster.timeout_seconds
         ),
@@ -102,10 +114,31 @@ def train(config: RunConfig, folder: Path, gpus: int) -> None:
         raise UnimrgError(outcome["error"])
 
 
+def _start_labeller(config: RunConfig, monitor: Any, stored: list[Stored] | None) -> Any:
+    """The actor that labels beside training, at work; it needs nothing from the training workers."""
+    if stored is None:
+        return None
+    store = run_store(config)
+    name = latest_checkpoint(store)
+    start = stored_position(store.child(CHECKPOINTS), name) if name else 0
+    actor = ray.remote(Labeller).options(num_cpus=0, scheduling_strategy=on_this_node())
+    labeller = actor.remote(to_plain(config), monitor)
+    ray.get(labeller.start.remote(stored, start, config.train.steps * config.train.batch_size))
+    return labeller
+
+
 def _settle(config: RunConfig, gpus: int) -> None:
     """Numbers that depend on the cluster."""
-    config.cluster.workers = config.cluster.workers or max(1, gpus)
+    labelling = uses_store(config) and config.labels.mode == "streaming"
+    taken = gpus_of_teachers(config, gpus) if labelling else 0
+    config.cluster.workers = config.cluster.workers or max(1, gpus - taken)
+    settle_types(config, gpus)
     config.check()
+    if gpus and config.cluster.workers + taken > gpus:
+        raise ConfigError(
+            f"{gpus} GPU(s) can't hold {config.cluster.workers} training worker(s) and teachers on {taken}; "
+            "label first (unimrg.label, then labels.mode=cached), or lower cluster.workers or teachers.*.gpus"
+        )
 
 
 def _summary(config: RunConfig) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from cluster.pipeline import Ingest
+from cluster.pipeline import Ingest, Stored
 from unimrg.checkpoint import Progress, is_complete, load_training, mark_complete, save_training
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
@@ -51,14 +51,14 @@ ADAPTER = "adapter"
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Train until the steps are done. Arguments: `config` (plain), `monitor` (actor handle).
+    """Train until the steps are done. Arguments: those of `_Worker`, `config` as plain values.
 
     An error that the user must mend, and that every rank has met, is returned as `error`: restarting can't
     cure it. Any other error is raised, so that Ray replaces the whole group: a rank that merely left would
     leave the others waiting.
     """
     try:
-        return _Worker(from_plain(arguments["config"]), arguments["monitor"]).run()
+        return _Worker(**(arguments | {"config": from_plain(arguments["config"])})).run()
     except (_GivenUp, DataError) as error:
         return {"error": str(error)}
 
@@ -101,10 +101,12 @@ def latest_checkpoint(store: Store) -> str:
 class _Worker:
     """One process of the worker group."""
 
-    def __init__(self, config: RunConfig, monitor: Any) -> None:
+    def __init__(
+        self, config: RunConfig, monitor: Any, labeller: Any = None, stored: list[Stored] | None = None
+    ) -> None:
         context = ray.train.get_context()
         self.config = config
-        self.monitor = monitor
+        self.monitor, self.labeller, self.stored = monitor, labeller, stored
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.store = run_store(config)
         self.meter = Meter(config.train.steps)
@@ -162,8 +164,8 @@ class _Worker:
         )
         samples = steps * self.config.train.batch_size
         if self.rank == 0:
-            actor = ray.remote(Ingest).options(name=name, num_cpus=0, max_concurrency=16)
-            self.ingest = actor.remote(to_plain(self.config), self.monitor)
+            actor = ray.remote(Ingest).options(name=name, num_cpus=0, max_concurrency=64)
+            self.ingest = actor.remote(to_plain(self.config), self.monitor, self.labeller, self.stored)
             ray.get(self.ingest.split.remote(self.ingest, self.position, samples, self.ranks))
         ray.train.collective.barrier()
         if self.rank:
@@ -184,6 +186,7 @@ class _Worker:
         )
         if self.rank:
             return
+        self.ingest.trained.remote(output.position)
         record: dict[str, Any] = {
             "step": output.step,
             "position": output.position,

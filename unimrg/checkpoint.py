@@ -81,6 +81,16 @@ def read_progress(folder: Path) -> Progress:
         ) from error
 
 
+def stored_position(store: Store, name: str) -> int:
+    """The position of a stored checkpoint. Raises CheckpointError, StorageError."""
+    try:
+        return int(json.loads(store.read_bytes(f"{name}/{STATE}"))["position"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{store.url}/{name} holds no readable {STATE}; remove it and continue"
+        ) from error
+
+
 def mark_complete(store: Store, name: str) -> None:
     """Write the list of a stored checkpoint's files and sizes, after all of them."""
     files = {entry.path: entry.size for entry in store.list(name, recursive=True) if not entry.is_folder}

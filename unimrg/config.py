@@ -158,6 +158,14 @@ class DataConfig:
     images: str = knob(
         "", "folder or URL that the manifest's paths start from; empty = the manifest's folder"
     )
+    manifests: list[str] = field(
+        default_factory=list,
+        metadata={"help": "several data sets instead of data.manifest, like [a.json,s3://b/c.jsonl]"},
+    )
+    shares: list[float] = field(
+        default_factory=list,
+        metadata={"help": "how much of the training each of data.manifests is; empty = all the same"},
+    )
     held_out: str = knob("", "a second manifest for evaluation; empty = data.held_out_count of the first")
     held_out_count: int = knob(64, "pictures taken out of the manifest for evaluation")
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -171,9 +179,35 @@ class DataConfig:
     max_bad_share: float = knob(0.05, "more quarantined samples than this share stop the run, 0..1")
     min_checked: int = knob(100, "samples seen before max_bad_share counts")
     unit: int = knob(16, "rows fetched and labelled together, 1..4096")
+    shard_rows: int = knob(
+        256, "neighbouring rows that are labelled, stored and read as one; a multiple of unit"
+    )
+    window: int = knob(
+        8, "shards whose rows are mixed; the shards themselves come in a new order every epoch"
+    )
+    ahead: int = knob(0, "samples made ready before training asks for them; 0 = 16 steps' worth")
+
+    def places(self) -> list[str]:
+        """The manifests to train on."""
+        return list(self.manifests) or [self.manifest]
 
     def check(self) -> None:
         self.scenes.check()
+        require("data.shard_rows", self.shard_rows, 1)
+        require("data.window", self.window, 1)
+        require("data.ahead", self.ahead, 0)
+        if self.shard_rows % self.unit:
+            raise ConfigError(
+                f"data.shard_rows: {self.shard_rows} must be a multiple of data.unit = {self.unit}"
+            )
+        if self.manifest and self.manifests:
+            raise ConfigError("data.manifest and data.manifests are both set; name each data set once")
+        if self.shares and len(self.shares) != len(self.manifests):
+            raise ConfigError(
+                f"data.shares: {len(self.shares)} numbers for {len(self.manifests)} data.manifests; give each one"
+            )
+        for share in self.shares:
+            require("data.shares", share, 0, above=True)
         require_choice("data.geometry", self.geometry, ("pad", "squash", "published"))
         require("data.held_out_count", self.held_out_count, 0)
         require("data.max_bad_share", self.max_bad_share, 0, 1)
@@ -183,14 +217,49 @@ class DataConfig:
 
 
 @dataclass
-class TeacherConfig:
+class PoolConfig:
+    """Actors that run a frozen model over pictures."""
+
+    batch_size: int = knob(8, "pictures per call of the model")
+    dtype: str = knob("auto", "float32, bfloat16, float16, or auto: bfloat16 on GPUs, float32 on CPUs")
+    min_actors: int = knob(1, "how many run at least")
+    max_actors: int = knob(
+        0, "how many run at most; 0 = one for each GPU that training leaves, or one on CPUs"
+    )
+    gpus: float = knob(-1.0, "GPUs of one actor, may be a fraction; -1 = one on a GPU cluster, else none")
+    accelerator_type: str = knob("", "run only on this kind of GPU, like A10G or H100, as Ray names them")
+    node_labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "run only on nodes with these Ray labels, like [pool=teacher]"},
+    )
+
+    def check(self, key: str) -> None:
+        require(f"{key}.batch_size", self.batch_size, 1)
+        require_choice(f"{key}.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        require(f"{key}.min_actors", self.min_actors, 1)
+        require(f"{key}.max_actors", self.max_actors, 0)
+        if self.max_actors and self.max_actors < self.min_actors:
+            raise ConfigError(f"{key}.max_actors: {self.max_actors} is below min_actors = {self.min_actors}")
+        if self.gpus != -1:
+            require(f"{key}.gpus", self.gpus, 0)
+        for label in self.node_labels:
+            if "=" not in label:
+                raise ConfigError(f"{key}.node_labels: {label!r} is no label; write name=value")
+
+
+@dataclass
+class TeacherConfig(PoolConfig):
     """One teacher and the actors that run it."""
 
-    name: str = knob("oracle", "oracle (what the data set brings), stored, or a model: depth_anything, sam")
+    name: str = knob(
+        "oracle", "oracle (what the data set brings), stored, none, or a model: depth_anything, sam"
+    )
     checkpoint: str = knob("", "hub id or local folder of the model")
-    batch_size: int = knob(8, "pictures per call")
-    actors: int = knob(0, "how many run at once; 0 = one for each GPU of the cluster, at least one")
-    gpus: float = knob(-1.0, "GPUs of one actor, may be a fraction; -1 = one on a GPU cluster, else none")
+
+    @property
+    def is_model(self) -> bool:
+        """Does it need actors?"""
+        return self.name not in ("none", "oracle", "stored")
 
 
 @dataclass
@@ -219,21 +288,42 @@ class TeachersConfig:
     sam: SamConfig = field(default_factory=SamConfig)
     stored: str = knob("", "folder or URL that unimrg.label wrote, for teachers named stored")
 
-    DEPTH = ("oracle", "stored", "depth_anything")
-    SEGMENTATION = ("oracle", "stored", "sam")
+    DEPTH = ("oracle", "stored", "none", "depth_anything")
+    SEGMENTATION = ("oracle", "stored", "none", "sam")
 
     def check(self) -> None:
         self.sam.check()
         require_choice("teachers.depth.name", self.depth.name, self.DEPTH)
         require_choice("teachers.segmentation.name", self.segmentation.name, self.SEGMENTATION)
         for key, teacher in (("depth", self.depth), ("segmentation", self.segmentation)):
-            require(f"teachers.{key}.batch_size", teacher.batch_size, 1)
-            if teacher.name in ("depth_anything", "sam") and not teacher.checkpoint:
+            teacher.check(f"teachers.{key}")
+            if teacher.is_model and not teacher.checkpoint:
                 raise ConfigError(f"teachers.{key}.checkpoint is empty; give a hub id or a local folder")
             if teacher.name == "stored" and not self.stored:
                 raise ConfigError(
                     f"teachers.{key} is `stored`: set teachers.stored to what unimrg.label wrote"
                 )
+
+
+@dataclass
+class LabelsConfig:
+    """The label store: written once, read by every run."""
+
+    mode: str = knob(
+        "streaming",
+        "streaming: train while teachers label, and store what they make; cached: train on what is stored; "
+        "off: store nothing (only for teachers that need no model)",
+    )
+    store: str = knob("", "folder or URL of the label store; empty = labels/ below storage_path")
+    embed: bool = knob(True, "keep the pictures beside their labels; false = read them where they lie")
+    codes: bool = knob(
+        True, "store what the family's frozen picture encoder says, so that training needn't ask"
+    )
+    encoder: PoolConfig = field(default_factory=PoolConfig)
+
+    def check(self) -> None:
+        require_choice("labels.mode", self.mode, ("streaming", "cached", "off"))
+        self.encoder.check("labels.encoder")
 
 
 @dataclass
@@ -364,6 +454,7 @@ class RunConfig:
     family: FamilyConfig = field(default_factory=FamilyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -372,8 +463,10 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ConfigError for the first value that can't be used."""
-        for part in ("family", "data", "teachers", "weights", "train", "engine", "cluster", "report"):
+        parts = ("family", "data", "teachers", "labels", "weights", "train", "engine", "cluster", "report")
+        for part in parts:
             getattr(self, part).check()
+        self._check_labels()
         if self.data.geometry == "published" and not self.train.published_prompts:
             raise ConfigError(
                 "data.geometry is `published`, where drawings start from another picture than questions; "
@@ -385,11 +478,29 @@ class RunConfig:
             raise ConfigError(
                 f"name: {self.name!r} must be one word without slashes, spaces or a leading dot"
             )
-        parts = self.train.accumulation * max(self.cluster.workers, 1)
-        if self.train.batch_size % parts:
+        shares = self.train.accumulation * max(self.cluster.workers, 1)
+        if self.train.batch_size % shares:
             raise ConfigError(
                 f"train.batch_size: {self.train.batch_size} must be divisible "
-                f"by workers x accumulation = {parts}"
+                f"by workers x accumulation = {shares}"
+            )
+
+    def _check_labels(self) -> None:
+        """Do the teachers, the way of labelling and the tasks go together?"""
+        for task in (Task.DEPTH, Task.SEGMENTATION):
+            teacher = getattr(self.teachers, task.value)
+            if teacher.name == "none" and task in self.weights.active():
+                raise ConfigError(
+                    f"teachers.{task.value} is `none`, so nobody draws it; choose a teacher or set "
+                    f"weights.{task.value}=0"
+                )
+            if teacher.is_model and self.labels.mode == "off" and task in self.weights.active():
+                raise ConfigError(
+                    f"labels.mode is `off`, but teachers.{task.value} is a model; use labels.mode=streaming"
+                )
+        if self.labels.mode != "off" and not self.data.group_by_image:
+            raise ConfigError(
+                "data.group_by_image is false, but labels are stored by picture; set labels.mode=off"
             )
 
 
@@ -467,24 +578,21 @@ class ExportConfig:
 class LabelConfig:
     """Run the teachers over a data set once and store what they say."""
 
-    out: str = knob(
-        "outputs/labels", "folder or URL of the label store; a second run does only what is missing"
-    )
+    storage_path: str = knob("outputs", "folder or bucket of all runs; labels/ in it is the default store")
     s3: S3Options = field(default_factory=S3Options)
     data: DataConfig = field(default_factory=DataConfig)
     teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    family: FamilyConfig = field(default_factory=FamilyConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def check(self) -> None:
-        for part in ("data", "teachers", "cluster"):
+        for part in ("data", "teachers", "labels", "family", "cluster"):
             getattr(self, part).check()
-        if not self.out:
-            raise ConfigError("out is empty; give the folder or URL of the label store")
-        for key in ("depth", "segmentation"):
-            if getattr(self.teachers, key).name == "stored":
-                raise ConfigError(
-                    f"teachers.{key} is `stored`, so there is nothing to label; choose a teacher"
-                )
+        if self.labels.mode != "streaming":
+            raise ConfigError(f"labels.mode: {self.labels.mode!r} labels nothing; leave it out")
+        if not self.data.group_by_image:
+            raise ConfigError("data.group_by_image is false, but labels are stored by picture; leave it true")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The stages from a manifest row to a `Sample`, as plain callables over Arrow tables.
 
-    rows (manifest) ─► Fetch ─► Teach(depth) ─► Teach(segmentation) ─► Render ─► samples
+    labelling    manifest rows ─► Fetch ─► Teach(depth) ─► Teach(segmentation) ─► Keep ─► label store
+                 label store ─► Unpack ─► Encode ─► label store (frozen codes)
+    training     label store ─► Unpack ─► Render ─► samples
+                 manifest rows ─► Fetch ─► Render ─► samples        (maps that need no model)
 
 Each takes and returns a pyarrow.Table and never raises for a bad sample: the row gets `error` (one of
 `SampleError.REASONS`) and `detail`, later stages pass it on untouched. Pictures and maps travel as raw bytes
@@ -9,20 +12,23 @@ beside their height and width, so that nothing but plain Arrow types crosses a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from unimrg.config import DataConfig
 from unimrg.data.decode import decode_image, decode_map, decode_masks
 from unimrg.data.geometry import render_sample
+from unimrg.data.label_store import CODES, LABELS
 from unimrg.data.manifest import pair_name
 from unimrg.errors import SampleError, StorageError
-from unimrg.sample import IMAGE_TASKS, Labels, Record, Task, load_conversations
+from unimrg.sample import IMAGE_TASKS, PICTURES, Labels, Record, Sample, Task, load_conversations
 from unimrg.storage import Store
 from unimrg.teachers import Teacher
 from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
@@ -42,6 +48,8 @@ FETCHED = pa.schema(
         ("image", pa.binary()),
         ("depth", pa.binary()),
         ("segmentation", pa.binary()),
+        ("encoded", pa.binary()),  # the picture as it was found, where it is to be kept
+        ("part", pa.int64()),  # of the label store, while labelling
     ]
 )
 SAMPLES = pa.schema(
@@ -55,19 +63,44 @@ SAMPLES = pa.schema(
         ("valid", pa.list_(pa.int32())),
         ("image", pa.binary()),
         *((task.value, pa.binary()) for task in IMAGE_TASKS),
+        *((f"{name}_codes", pa.binary()) for name in PICTURES),
+        ("codes_shape", pa.list_(pa.int32())),
+        ("codes_dtype", pa.string()),
+    ]
+)
+
+CODE_COLUMNS = tuple(n for n in CODES.names if n.endswith("_codes") or n.startswith("codes_"))
+STORED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("position", pa.int64()),
+        ("source", pa.int64()),
+        ("conversations", pa.string()),
+        ("image", pa.string()),  # its name; the bytes, where the store holds them, are `encoded`
+        ("place", pa.string()),
+        ("encoded", pa.binary()),
+        *(f for f in LABELS if f.name not in ("row", "image")),
+        *(f for f in CODES if f.name not in ("row", "error", "detail")),
     ]
 )
 
 Row = dict[str, Any]
 
 
+PADDING = "padding"
+"""The `error` of rows that only fill up a part of the label store, so that all have one size on the way."""
+
+CARRIED = ("id", "position", "conversations", "error", "detail", "part")
+"""What every stage passes on."""
+
+
 @dataclass(frozen=True)
 class Sources:
     """Where a data set's files lie, and which maps are read instead of made.
 
-    images: root of the manifest's paths. stored: what `unimrg.label` wrote. depth, segmentation: "oracle"
-    (the data set's own), "stored", or another teacher's name, which means that a later stage makes them;
-    "" = not wanted.
+    images: root of the manifest's paths. stored: a folder of maps, one file a picture. depth, segmentation:
+    "oracle" (the data set's own), "stored", or another teacher's name, which means that a later stage makes
+    them; "" = not wanted.
     """
 
     images: Store
@@ -77,11 +110,15 @@ class Sources:
 
 
 class Fetch:
-    """Manifest rows (plus `position`) to decoded pictures and the maps that need no model."""
+    """Manifest rows (plus `position`) to decoded pictures and the maps that need no model.
 
-    def __init__(self, sources: Sources, limits: DataConfig) -> None:
-        self.sources = sources
+    sources: one, or one for each value of the column `source`. keep: also pass on the files as found.
+    """
+
+    def __init__(self, sources: Sources | Sequence[Sources], limits: DataConfig, keep: bool = False) -> None:
+        self.sources = [sources] if isinstance(sources, Sources) else list(sources)
         self.limits = limits
+        self.keep = keep
 
     def __call__(self, table: pa.Table) -> pa.Table:
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
@@ -89,66 +126,51 @@ class Fetch:
         return pa.Table.from_pylist(rows, schema=FETCHED)
 
     def _row(self, row: Row) -> Row:
-        fetched = {name: row.get(name) for name in ("id", "position", "conversations", "error", "detail")}
+        fetched = {name: row.get(name) for name in CARRIED}
         if fetched["error"]:
             return fetched
-        return _guarded(fetched, lambda: self._fetch(row))
+        return _guarded(fetched, lambda: self._fetch(row, self.sources[row.get("source") or 0]))
 
-    def _fetch(self, row: Row) -> Row:
+    def _fetch(self, row: Row, sources: Sources) -> Row:
         if row["image"] is None:
             return {}
-        image = decode_image(
-            self._read(self.sources.images, row["image"], self.limits.max_bytes),
-            self.limits.max_bytes,
-            self.limits.max_pixels,
-            self.limits.max_side,
-        )
+        raw = read_picture(sources.images, row, self.limits)
+        image = decode_picture(raw, self.limits)
         height, width = image.shape[:2]
-        maps = {name: self._map(name, row, (height, width)) for name in MAPS}
+        maps = {name: self._map(name, row, (height, width), sources) for name in MAPS}
         return {
             "height": height,
             "width": width,
             "image": image.tobytes(),
+            "encoded": raw if self.keep else None,
             **{name: None if values is None else values.tobytes() for name, values in maps.items()},
         }
 
-    def _map(self, name: str, row: Row, shape: tuple[int, int]) -> np.ndarray | None:
-        teacher = getattr(self.sources, name)
+    def _map(self, name: str, row: Row, shape: tuple[int, int], sources: Sources) -> np.ndarray | None:
+        teacher = getattr(sources, name)
         if teacher == "stored":
-            return _fit(_decode_grey(self._stored(name, row["image"])), shape)
+            return _fit(_decode_grey(self._stored(name, row["image"], sources)), shape)
         if teacher != "oracle":
             return None
         column = "depth" if name == "depth" else "masks"
         if not row.get(column):
             raise SampleError("missing-label", f"the manifest names no {column} file for this image")
-        raw = self._read(self.sources.images, row[column], self.limits.max_bytes)
+        raw = read_file(sources.images, row[column], self.limits.max_bytes)
         if name == "depth":
             return oracle_depth(_fit(decode_map(raw), shape))
         return oracle_segmentation(_fit(decode_masks(raw), shape))
 
-    def _stored(self, name: str, image: str) -> bytes:
+    def _stored(self, name: str, image: str, sources: Sources) -> bytes:
         """The map file, under our name or one of the published scripts'."""
-        assert self.sources.stored is not None
-        folder = self.sources.stored.child(name)
+        assert sources.stored is not None
+        folder = sources.stored.child(name)
         for path in (stored_name(image), *_published_names(pair_name(image))):
             try:
-                return self._read(folder, path, self.limits.max_bytes)
+                return read_file(folder, path, self.limits.max_bytes)
             except SampleError as error:
                 if error.reason != "missing-file":
                     raise
         raise SampleError("missing-label", f"{name}/{stored_name(image)}")
-
-    def _read(self, store: Store, path: str, limit: int) -> bytes:
-        path = pair_name(path)
-        try:
-            raw = store.read_bytes(path, limit + 1)
-        except FileNotFoundError:
-            raise SampleError("missing-file", path) from None
-        except StorageError as error:
-            raise SampleError("unreadable-file", str(error)) from error
-        if len(raw) > limit:
-            raise SampleError("too-large", f"{path} has more than {limit} bytes")
-        return raw
 
 
 class Teach:
@@ -173,6 +195,132 @@ class Teach:
         return pa.Table.from_pylist(rows, schema=FETCHED)
 
 
+KEPT = pa.schema([("part", pa.int64()), ("id", pa.string()), *LABELS])
+CODED = pa.schema([("part", pa.int64()), ("id", pa.string()), *CODES])
+
+
+class Keep:
+    """Labelled rows to rows of the label store (`LABELS`) with the part and the id that they belong to.
+
+    embed: keep the picture itself, not only its maps.
+    """
+
+    def __init__(self, embed: bool) -> None:
+        self.embed = embed
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=KEPT)
+
+    def _row(self, row: Row) -> Row:
+        kept = {"row": row["position"], **{name: row[name] for name in ("part", "id", "error", "detail")}}
+        if row["error"] or row["image"] is None:
+            return kept
+        shape = (row["height"], row["width"])
+        kept |= {"height": shape[0], "width": shape[1], "image": row["encoded"] if self.embed else None}
+        for name in MAPS:
+            if row[name] is not None:
+                kept[name] = _png(np.frombuffer(row[name], np.uint8).reshape(shape))
+        return kept
+
+
+class Unpack:
+    """Rows of the label store, joined to the manifest's (`STORED`), to what `Fetch` and `Teach` gave.
+
+    maps: those that are wanted. Pictures that the store doesn't hold are fetched from where they lie.
+    """
+
+    def __init__(self, images: Sequence[Store], limits: DataConfig, maps: Sequence[str] = MAPS) -> None:
+        self.images = list(images)
+        self.limits = limits
+        self.maps = tuple(maps)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            rows = list(pool.map(self.row, table.to_pylist()))
+        return pa.Table.from_pylist(rows, schema=FETCHED)
+
+    def row(self, row: Row) -> Row:
+        """One row of STORED as one of FETCHED."""
+        fetched = {name: row.get(name) for name in CARRIED}
+        if fetched["error"] or row["height"] is None:
+            return fetched
+        return _guarded(fetched, lambda: self._unpack(row))
+
+    def _unpack(self, row: Row) -> Row:
+        raw = row["encoded"]
+        if raw is None:
+            raw = read_picture(self.images[row["source"]], row, self.limits)
+        image = decode_picture(raw, self.limits)
+        if image.shape[:2] != (row["height"], row["width"]):
+            found = (
+                f"{image.shape[1]} x {image.shape[0]} pixels, labelled as {row['width']} x {row['height']}"
+            )
+            raise SampleError("missing-label", f"{row['image']} has changed: {found}")
+        maps = {name: _grey(row[name]).tobytes() for name in self.maps if row[name] is not None}
+        return {"height": row["height"], "width": row["width"], "image": image.tobytes(), **maps}
+
+
+class PictureEncoder(Protocol):
+    """The frozen part of a family that turns rendered pictures into latents or codes.
+
+    identity: everything its output depends on. side: of the pictures it takes, pixels. reads_pixels: does the
+    family look at the picture itself too?
+    """
+
+    identity: dict[str, Any]
+    side: int
+    reads_pixels: bool
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray: ...
+
+
+class Encode:
+    """Decoded pictures and maps to rows of frozen codes (`label_store.CODES`).
+
+    make: builds the encoder; called once, in the process that runs the stage. batch_size: pictures a call.
+    """
+
+    def __init__(self, make: Callable[[], PictureEncoder], geometry: str, batch_size: int) -> None:
+        self.encoder = make()
+        self.geometry = geometry
+        self.batch_size = batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = Render(self.encoder.side, self.geometry)(table).to_pylist()
+        samples = {n: Sample.from_row(row) for n, row in enumerate(rows) if not row["error"]}
+        asked = [(n, name, p) for n, sample in samples.items() for name, p in frozen_pictures(sample).items()]
+        codes: dict[int, dict[str, np.ndarray]] = {n: {} for n in samples}
+        for start in range(0, len(asked), self.batch_size):
+            some = asked[start : start + self.batch_size]
+            found = self.encoder(np.stack([picture for _, _, picture in some]))
+            for (n, name, _), code in zip(some, found, strict=True):
+                codes[n][name] = code
+        coded = [
+            replace(samples[n], codes=codes[n]).to_row() if n in samples else {} for n in range(len(rows))
+        ]
+        carried = zip(table["part"].to_pylist(), rows, coded, strict=True)
+        kept = [
+            {name: values.get(name) for name in CODES.names}
+            | {
+                "part": part,
+                "row": row["position"],
+                **{name: row[name] for name in ("id", "error", "detail")},
+            }
+            for part, row, values in carried
+        ]
+        return pa.Table.from_pylist(kept, schema=CODED)
+
+
+def frozen_pictures(sample: Sample) -> dict[str, np.ndarray]:
+    """The pictures of a sample that a frozen encoder sees, by their names in `Sample.codes`."""
+    if sample.image is None:
+        return {}
+    targets = {task.value: target for task, target in sample.targets.items()}
+    if Task.PIXEL in sample.targets and np.array_equal(sample.targets[Task.PIXEL], sample.image):
+        del targets[Task.PIXEL.value]
+    return {"image": sample.image} | targets
+
+
 class Render:
     """Labelled rows to samples in training geometry."""
 
@@ -181,24 +329,82 @@ class Render:
         self.geometry = geometry
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=SAMPLES)
+        return pa.Table.from_pylist([self.row(row) for row in table.to_pylist()], schema=SAMPLES)
 
-    def _row(self, row: Row) -> Row:
-        kept = {name: row[name] for name in ("id", "position", "conversations", "error", "detail")}
+    def row(self, row: Row) -> Row:
+        """One row of FETCHED as one of SAMPLES."""
+        kept = {name: row[name] for name in CARRIED if name != "part"}
         if kept["error"]:
             return kept
         return _guarded(kept, lambda: self._render(row))
 
     def _render(self, row: Row) -> Row:
-        shape = (row["height"], row["width"])
+        shape = (row.get("height") or 0, row.get("width") or 0)
 
         def picture(name: str, *channels: int) -> np.ndarray | None:
-            raw = row[name]
+            raw = row.get(name)
             return None if raw is None else np.frombuffer(raw, np.uint8).reshape(*shape, *channels)
 
         record = Record(row["id"], load_conversations(row["conversations"]), picture("image", 3))
         labels = Labels(picture("depth"), picture("segmentation"))
         return render_sample(record, labels, row["position"], self.side, self.geometry).to_row()
+
+
+class Prepare:
+    """Rows of STORED to samples: pixels where they are needed, frozen codes where the store has them.
+
+    needs_pixels: does the family look at pictures beside their codes?
+    """
+
+    def __init__(self, unpack: Unpack, render: Render, needs_pixels: bool) -> None:
+        self.unpack = unpack
+        self.render = render
+        self.needs_pixels = needs_pixels
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            rows = list(pool.map(self._row, table.to_pylist()))
+        return pa.Table.from_pylist(rows, schema=SAMPLES)
+
+    def _row(self, row: Row) -> Row:
+        coded = {name: row[name] for name in CODE_COLUMNS if row.get(name) is not None}
+        if not coded or row["error"]:
+            return self.render.row(self.unpack.row(row))
+        if self.needs_pixels:
+            plain = self.render.row(self.unpack.row(row | dict.fromkeys(MAPS)))
+            # The codes stand for every target.
+            return plain | dict.fromkeys(task.value for task in IMAGE_TASKS) | coded
+        kept = {name: row[name] for name in CARRIED if name != "part"}
+        return kept | coded | {"side": row["side"], "valid": row["valid"]}
+
+
+def read_picture(images: Store, row: Row, limits: DataConfig) -> bytes:
+    """The file of a row's picture. Raises SampleError for what concerns it alone, else StorageError."""
+    return read_file(images, row["image"], limits.max_bytes)
+
+
+def decode_picture(raw: bytes, limits: DataConfig) -> np.ndarray:
+    """uint8 [H, W, 3] within the limits. Raises SampleError."""
+    return decode_image(raw, limits.max_bytes, limits.max_pixels, limits.max_side)
+
+
+def read_file(store: Store, path: str, limit: int) -> bytes:
+    """A file of a data set, at most `limit` bytes.
+
+    Raises SampleError for what concerns the file alone; StorageError where every other file would fail too.
+    """
+    path = pair_name(path)
+    try:
+        raw = store.read_bytes(path, limit + 1)
+    except FileNotFoundError:
+        raise SampleError("missing-file", path) from None
+    except StorageError as error:
+        if error.kind != "other":
+            raise
+        raise SampleError("unreadable-file", str(error)) from error
+    if len(raw) > limit:
+        raise SampleError("too-large", f"{path} has more than {limit} bytes")
+    return raw
 
 
 def stored_name(image: str) -> str:
@@ -229,6 +435,22 @@ def _guarded(row: Row, work: Callable[[], Row]) -> Row:
 def _quarantine(row: Row, error: SampleError) -> Row:
     row["error"], row["detail"] = error.reason, error.detail[:500]
     return row
+
+
+def _png(values: np.ndarray) -> bytes:
+    """uint8 [H, W] as PNG; of one bit a pixel where only 0 and 255 occur."""
+    picture = Image.fromarray(values)
+    if not ((values != 0) & (values != 255)).any():
+        picture = picture.convert("1", dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as the default, a few per cent larger
+    return buffer.getvalue()
+
+
+def _grey(raw: bytes) -> np.ndarray:
+    """A map of the label store, uint8 [H, W]."""
+    with Image.open(io.BytesIO(raw), formats=("PNG",)) as picture:
+        return np.asarray(picture.convert("L"))
 
 
 def _decode_grey(raw: bytes) -> np.ndarray:
