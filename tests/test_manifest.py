@@ -18,15 +18,9 @@ from hypothesis import strategies as st
 
 from tests.s3 import S3Server
 from unimrg.data import manifest as module
-from unimrg.data.manifest import (
-    Manifest,
-    build_index,
-    epoch_order,
-    pair_name,
-    parse_entry,
-    read_json,
-    read_jsonl,
-)
+from unimrg.data.manifest import Manifest, build_index, epoch_order, pair_name, parse_entry
+from unimrg.data.readers import text as text_module
+from unimrg.data.readers.text import read_json, read_jsonl
 from unimrg.errors import DataError, SampleError
 from unimrg.sample import Turn, load_conversations
 from unimrg.storage import S3Config, Store
@@ -137,6 +131,8 @@ def test_image_markers(text: str, clean: str) -> None:
         ({"image": ["a", "b"], "conversations": talk("q", "a")}, "'image' must be one path"),
         ({"depth": 3, "conversations": talk("q", "a")}, "'depth' must be one path"),
         ({"id": "\ud800", "conversations": None}, "must be a list"),
+        ({"id": "i" * 2000, "conversations": talk("q", "a")}, "'id' has more than 1024"),
+        ({"conversations": talk("q", "a" * (1 << 20))}, "has 1048577 characters"),
     ],
 )
 def test_malformed_entries_become_rows(entry: Any, detail: str) -> None:
@@ -180,6 +176,7 @@ def test_bad_entries_stay_in_place_and_alone(tmp_path: Path) -> None:
         "a\0b",
         "a\nb",
         "\ud800",
+        "a" * 2000,
     ],
 )
 def test_paths_outside_the_folder(path: str) -> None:
@@ -233,10 +230,10 @@ JSON = st.recursive(
 def test_json_in_pieces_of_any_size(entries: list[Any], chunk: int, indent: int | None, ascii: bool) -> None:
     raw = json.dumps(entries, indent=indent, ensure_ascii=ascii).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", chunk)
+        patch.setattr(text_module, "CHUNK_BYTES", chunk)
         assert list(read_json(io.BytesIO(raw), "m")) == entries
         lines = "".join(json.dumps(e, ensure_ascii=ascii) + "\n" for e in entries).encode()
-        assert list(read_jsonl(io.BytesIO(lines), "m")) == entries
+        assert list(read_jsonl(io.BytesIO(lines))) == entries
 
 
 @pytest.mark.parametrize(
@@ -247,7 +244,6 @@ def test_json_in_pieces_of_any_size(entries: list[Any], chunk: int, indent: int 
         (b'[{"a": 1} {"a": 2}]', 10),
         (b'[{"a": 1}] more', 11),
         ('[{"ü": 1}, nix]'.encode(), 12),
-        (b'[{"a": "\xff"}]', 8),
         (b'[{"a": "open]', 7),
         (b"[" * 100_000, 1),
         (b"[" + b"9" * 10_000 + b"]", 1),
@@ -257,9 +253,34 @@ def test_json_in_pieces_of_any_size(entries: list[Any], chunk: int, indent: int 
 def test_broken_json_names_the_byte(
     raw: bytes, byte: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(text_module, "CHUNK_BYTES", chunk)
     with pytest.raises(DataError, match=f"^the/file.json: broken JSON at byte {byte}: "):
         list(read_json(io.BytesIO(raw), "the/file.json"))
+
+
+def test_bytes_that_are_no_text_cost_one_entry(tmp_path: Path) -> None:
+    raw = json.dumps([ENTRIES[0], {**ENTRIES[1], "id": "BAD"}, ENTRIES[2]], ensure_ascii=False).encode()
+    for damaged in (raw.replace(b"Hello", b"Hel\xfflo"), raw.replace(b"Hello", b"Hel\xc3o")):
+        (tmp_path / "m.json").write_bytes(damaged)
+        rows = every(build_index(Store.at(str(tmp_path)), "m.json", tmp_path / "index"))
+        assert [row["error"] for row in rows] == [None, "malformed-conversation", None]
+        assert "not UTF-8" in rows[1]["detail"]
+    (tmp_path / "m.json").write_bytes(raw.replace(b'"x/2.jpg"', b'"x/\xff.jpg"'))
+    rows = every(build_index(Store.at(str(tmp_path)), "m.json", tmp_path / "index"))
+    assert rows[2]["error"] == "path-outside-folder"
+
+
+def test_a_line_without_end_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "LONGEST_ENTRY", 40)
+    good, long = b'{"a": 1}\n', b'{"b": "' + b"x" * 200 + b'"}\n'
+    for chunk in (1, 7, 64, 1000):
+        monkeypatch.setattr(text_module, "CHUNK_BYTES", chunk)
+        for lines in ([good, long, good], [long, good, long], [good, long[:-1]]):
+            found = list(read_jsonl(io.BytesIO(b"".join(lines))))
+            assert [entry == {"a": 1} for entry in found] == [line == good for line in lines]
+            offsets = [sum(map(len, lines[:i])) for i in range(len(lines))]
+            for entry, offset, line in zip(found, offsets, lines, strict=True):
+                assert line == good or f"at byte {offset}," in str(entry)
 
 
 def test_a_mistake_is_found_without_reading_on() -> None:
@@ -280,7 +301,7 @@ def test_a_broken_line_is_one_bad_entry(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(f"{good}\n\n{{broken\n{good}\n" + '{"cut": ', "utf-8")
     rows = every(build_index(Store.at(str(tmp_path)), "m.jsonl", tmp_path / "i", group_by_image=False))
     assert [row["error"] for row in rows] == [None, "malformed-conversation", None, "malformed-conversation"]
-    assert rows[1]["detail"].startswith(f"line 3, byte {len(good) + 3}: ")
+    assert rows[1]["detail"].startswith(f"line 3: broken JSON at byte {len(good) + 3}: ")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +311,9 @@ def test_a_broken_line_is_one_bad_entry(tmp_path: Path) -> None:
         (b"<html>", "neither"),
         (b"[]", "holds no entries"),
         (b"{\n}", "broken JSON at byte"),
-        (b"PAR1 but not really", "broken Parquet"),
+        (b"PAR1 but not really", "no footer"),
+        (b"\x1f\x8b", "unpack it"),
+        (b"\xff\xfe[\0]\0", "neither"),
     ],
 )
 def test_unusable_manifests(tmp_path: Path, content: bytes, message: str) -> None:
@@ -349,6 +372,17 @@ def test_equal_hashes_of_different_images(tmp_path: Path, monkeypatch: pytest.Mo
     rows = every(index(tmp_path, many(30, 3)))
     assert sorted(row["image"] for row in rows) == ["0.jpg", "1.jpg", "2.jpg"]
     assert sum(len(load_conversations(row["conversations"])) for row in rows) == 30
+
+
+def test_many_talks_about_one_picture_become_several_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONGEST_ROW", 100)
+    rows = every(index(tmp_path, many(100, 1)))
+    assert len(rows) > 5 and {row["image"] for row in rows} == {"0.jpg"}
+    assert all(len(row["conversations"]) < 300 for row in rows)
+    talks = [talk for row in rows for talk in load_conversations(row["conversations"])]
+    assert [talk[0].question for talk in talks] == [f"q{i}" for i in range(100)]
 
 
 def test_rebuilt_only_when_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,17 @@
-"""Data-set manifests in the LLaVA form: JSON list, JSONL or Parquet, read once into a local index.
+"""Data sets in the LLaVA form, whatever file holds them, read once into a local index.
 
     manifest = build_index(Store.at("s3://bucket/data"), "mix665k.json", "~/.cache/unimrg")
     manifest.rows(epoch_order(len(manifest), seed=0, epoch=0)[:32])      # pyarrow.Table, random access
 
 An entry is `{id?, image?, conversations: [{from: human|gpt, value}], depth?, masks?}`, and for evaluation
-`{family?, pair?, conflict?}` too. The index is an Arrow file that is memory-mapped: neither building nor
-reading it needs memory for the whole data set. A malformed entry becomes a row with `error` and `detail`;
-only a manifest that can't be read as a whole raises.
+`{family?, pair?, conflict?}` too; see `unimrg.data.readers` for the files. The index is an Arrow file that
+is memory-mapped: neither building nor reading it needs memory for the whole data set. A malformed entry
+becomes a row with `error` and `detail`, and so does what is missing of a damaged file; only a data set that
+can't be read as a whole raises.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -24,26 +24,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from unimrg.data.readers import find_shards, read_entries
+from unimrg.data.readers.entries import Malformed, Packed
 from unimrg.errors import DataError, SampleError, StorageError
 from unimrg.sample import Conversation, Turn, dump_conversations
 from unimrg.storage import Store
 
-CHUNK_BYTES = 4 << 20
-LONGEST_ENTRY = 64 << 20  # characters; more is an unclosed bracket or quote, not an entry
 BATCH_ROWS = 4096
 BATCH_CHARACTERS = 32 << 20
-FORMAT = 1  # goes into the index's name: a new layout never reads an old file
+LONGEST_NAME = 1024  # characters of an id or a path: what an object's key may have
+LONGEST_ROW = 4 << 20  # characters of conversations about one picture; more become another row
+LONGEST_TALK = 1 << 20  # characters of one conversation, more than any model's context
+FORMAT = 2  # goes into the index's name: a new layout never reads an old file
 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("image", pa.string()),
+        ("image", pa.string()),  # path, or a name unique in the data set where `place` is set
+        ("place", pa.string()),  # null: the file `image`; else see pictures.py
         ("conversations", pa.string()),  # JSON, see sample.dump_conversations; "[]" when error is set
         ("depth", pa.string()),
         ("masks", pa.string()),
@@ -57,12 +60,7 @@ SCHEMA = pa.schema(
 EVALUATION = ("family", "pair", "conflict")
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-WHITE = re.compile(r"[ \t\r\n]*")
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
-
-
-class Malformed(Exception):
-    """One entry can't be used; the message says why. Never leaves this module."""
 
 
 # Order
@@ -88,6 +86,8 @@ def pair_name(path: str) -> str:
     wrong = ""
     if not path or posixpath.normpath(path) == ".":
         wrong = "is empty"
+    elif len(path) > LONGEST_NAME:
+        wrong = f"has more than {LONGEST_NAME} characters"
     elif "\\" in path:
         wrong = "holds a backslash"
     elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
@@ -103,186 +103,43 @@ def pair_name(path: str) -> str:
     return posixpath.normpath(path)
 
 
-# Entries of the three forms
-
-
-def read_entries(store: Store, manifest: str) -> Iterator[Any]:
-    """Entries one after the other, whatever the form; an unreadable line of a JSONL file comes as Malformed.
-
-    The form is told from the content: `PAR1` Parquet, `[` a JSON list, `{` one JSON object a line.
-    Raises DataError naming the file (and the byte where JSON breaks), StorageError when it can't be read.
-    """
-    name = f"{store.url}/{manifest}"
-    try:
-        with store.open_input(manifest) as file:
-            start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
-            file.seek(0)
-            if start.startswith(b"PAR1"):
-                yield from read_parquet(file, name)
-            elif start.startswith(b"["):
-                yield from read_json(file, name)
-            elif start.startswith(b"{"):
-                yield from read_jsonl(file, name)
-            else:
-                raise DataError(f"{name}: neither a JSON list, nor JSON lines, nor Parquet (byte 0)")
-    except FileNotFoundError as error:
-        raise DataError(f"{error}; name a manifest inside the data folder") from error
-    except OSError as error:
-        raise StorageError(f"can't read {name}: {error}") from error
-
-
-def read_json(file: BinaryIO | pa.NativeFile, name: str) -> Iterator[Any]:
-    """Entries of a JSON list, parsed piece by piece. Raises DataError naming the byte where it breaks."""
-    text = _Text(file, name)
-    text.skip()
-    text.take("[")
-    while True:
-        text.skip()
-        if text.take("]", required=False):
-            break
-        yield text.value()
-        text.skip()
-        if not text.take(",", required=False):
-            text.take("]")
-            break
-    text.skip()
-    if text.at < len(text.buffer):
-        raise text.broken("something follows the list", text.at)
-
-
-class _Text:
-    """A growing window of decoded text: `at` is the place of the parser in `buffer`."""
-
-    def __init__(self, file: BinaryIO | pa.NativeFile, name: str) -> None:
-        self.file, self.name = file, name
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.buffer, self.at = "", 0
-        self.dropped = 0  # bytes of text no longer in the buffer
-        self.decode = json.JSONDecoder().raw_decode
-
-    def value(self) -> Any:
-        """The JSON value at `at`, stepping over it; reads on until all of it is there. Raises DataError."""
-        while True:
-            try:
-                value, end = self.decode(self.buffer, self.at)
-            except json.JSONDecodeError as error:
-                # Far from the end of what was read it is a mistake; near it the rest may be yet to come.
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.buffer) - 16
-                position = error.pos - self.at
-                if not (cut and self.more()):
-                    raise self.broken(error.msg, self.at + position) from error
-            except (ValueError, RecursionError) as error:  # a number or a nesting beyond all sense
-                raise self.broken(str(error), self.at) from error
-            else:
-                length, whole = end - self.at, end + 2 < len(self.buffer)
-                if whole or not self.more():  # "1" may become "1.5", "1e" and "1e-" may become "1e-5"
-                    self.at += length
-                    return value
-
-    def more(self) -> bool:
-        """Read on, forgetting what is behind `at`; False at the end of the file."""
-        self.dropped += len(self.buffer[: self.at].encode())
-        self.buffer, self.at = self.buffer[self.at :], 0
-        if len(self.buffer) > LONGEST_ENTRY:
-            raise self.broken(f"an entry of more than {LONGEST_ENTRY >> 20} MiB (an unclosed quote?)", 0)
-        raw = self.file.read(max(CHUNK_BYTES, len(self.buffer)))  # doubling: long entries stay linear
-        try:
-            new = self.decoder.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            raise self.broken(f"not UTF-8: {error.reason}", len(self.buffer), error.start) from error
-        self.buffer += new
-        return bool(raw)
-
-    def skip(self) -> None:
-        """Over white space, so that a character stands at `at` unless the file ends."""
-        while True:
-            found = WHITE.match(self.buffer, self.at)
-            self.at = found.end() if found else self.at
-            if self.at < len(self.buffer) or not self.more():
-                return
-
-    def take(self, character: str, required: bool = True) -> bool:
-        """Step over `character` when it is next. Raises DataError when it must be and isn't."""
-        found = self.buffer.startswith(character, self.at)
-        if required and not found:
-            raise self.broken(f"expected {character!r}", self.at)
-        self.at += found
-        return found
-
-    def broken(self, what: str, position: int, more_bytes: int = 0) -> DataError:
-        byte = self.dropped + len(self.buffer[:position].encode()) + more_bytes
-        return DataError(f"{self.name}: broken JSON at byte {byte}: {what}")
-
-
-def read_jsonl(file: BinaryIO | pa.NativeFile, name: str) -> Iterator[Any]:
-    """Entries of JSON lines. A line that doesn't parse is Malformed; if it is the first, DataError."""
-    offset, first = 0, True
-    for number, line in enumerate(_lines(file, name)):
-        text = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
-        if text.strip():
-            try:
-                yield json.loads(text)
-            except (ValueError, RecursionError) as error:
-                at = offset + (getattr(error, "pos", 0) or 0)
-                if first:
-                    raise DataError(f"{name}: broken JSON at byte {at}: {error}") from error
-                yield Malformed(f"line {number + 1}, byte {at}: {error}")
-            first = False
-        offset += len(line)
-
-
-def _lines(file: BinaryIO | pa.NativeFile, name: str) -> Iterator[bytes]:
-    rest = b""
-    while chunk := file.read(max(CHUNK_BYTES, len(rest))):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-        if len(rest) > LONGEST_ENTRY:
-            raise DataError(f"{name}: a line of more than {LONGEST_ENTRY >> 20} MiB; write one entry a line")
-    if rest:
-        yield rest
-
-
-def read_parquet(file: BinaryIO | pa.NativeFile, name: str) -> Iterator[Any]:
-    """Entries of a Parquet file: the columns of SCHEMA that it has. Raises DataError."""
-    try:
-        table = pq.ParquetFile(file)
-        columns = [c for c in table.schema_arrow.names if c in SCHEMA.names and c not in ("error", "detail")]
-        if "conversations" not in columns:
-            raise DataError(
-                f"{name}: no column 'conversations', only {', '.join(table.schema_arrow.names[:20])}"
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: broken Parquet: {error}") from error
-
-
 # One entry -> one row
 
 
 def parse_entry(entry: Any, index: int) -> dict[str, Any]:
-    """A row of SCHEMA from one entry; `index` becomes the id where the entry has none. Never raises."""
+    """A row of SCHEMA from one of `read_entries`; `index` becomes the id where it has none. Never raises."""
     row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
     row |= {"id": str(index), "conversations": "[]"}
     try:
-        if isinstance(entry, Malformed):
+        if isinstance(entry, Packed):
+            row |= {"image": pair_name(entry.image), "place": entry.place}
+            entry = {**entry.value, "image": entry.image} if isinstance(entry.value, dict) else entry.value
+        if isinstance(entry, Malformed | SampleError):
             raise entry
         if not isinstance(entry, dict):
             raise Malformed(f"an entry must be an object, not {type(entry).__name__}")
-        if isinstance(entry.get("id"), str | int):
-            row["id"] = _clean(str(entry["id"]))
+        row["id"] = _name(entry, "id") or row["id"]
         for key in ("image", "depth", "masks"):
             row[key] = _path(entry, key)
         for key in ("family", "pair"):
-            value = entry.get(key)
-            row[key] = None if value is None else _clean(str(value))
+            row[key] = _name(entry, key)
         row["conflict"] = entry["conflict"] if isinstance(entry.get("conflict"), bool) else None
         row["conversations"] = dump_conversations((parse_conversation(entry.get("conversations")),))
     except SampleError as error:
-        row |= {"error": error.reason, "detail": _clean(error.detail)}
+        row |= {"error": error.reason, "detail": _clean(error.detail)[:500]}
     except Malformed as error:
         row |= {"error": "malformed-conversation", "detail": _clean(str(error))[:500]}
     return row
+
+
+def _name(entry: dict[str, Any], key: str) -> str | None:
+    """A text or number as text, anything else as None. Raises Malformed."""
+    value = entry.get(key)
+    if not isinstance(value, str | int | float):
+        return None
+    if len(text := _clean(str(value))) > LONGEST_NAME:
+        raise Malformed(f"{key!r} has more than {LONGEST_NAME} characters")
+    return text
 
 
 def _path(entry: dict[str, Any], key: str) -> str | None:
@@ -309,6 +166,8 @@ def parse_conversation(value: Any) -> Conversation:
     if len(value) % 2:
         raise Malformed(f"conversations has {len(value)} messages; each question needs an answer")
     texts = [_message(message, ("human", "gpt")[i % 2], i) for i, message in enumerate(value)]
+    if (length := sum(map(len, texts))) > LONGEST_TALK:
+        raise Malformed(f"the conversation has {length} characters, at most {LONGEST_TALK}")
     return tuple(Turn(q, a) for q, a in zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -320,7 +179,7 @@ def _message(message: Any, expected: str, i: int) -> str:
         raise Malformed(f"message {i} is from {str(role)[:50]!r}; expected {expected}")
     text = message["value"]
     if text != _clean(text):
-        raise Malformed(f"message {i} holds half a Unicode character")
+        raise Malformed(f"message {i} is not UTF-8, or holds half a Unicode character")
     if "<image>" in text:
         text = MARKER.sub("", text).strip()
     if expected == "gpt" and not text.strip():
@@ -399,34 +258,48 @@ def build_index(
 ) -> Manifest:
     """The index of a manifest under the local `folder`; built when there is none for its present content.
 
+    manifest: a file, a folder or a pattern of files in the store, see `unimrg.data.readers`.
     group_by_image: entries naming the same image become one row with several conversations, at the place and
     with the id of the first; depth and masks come from the first that has them. Entries without an image or
     with an error stay single. Evaluation, which needs family, pair and conflict per question, passes False.
     Several processes may build at once: each writes a file of its own and the last rename wins.
     Raises DataError (no manifest, not readable, no entries) and StorageError.
     """
-    found = store.stat(manifest)
-    if found is None or found.is_folder:
-        raise DataError(f"{store.url}/{manifest} does not exist; name a manifest inside the data folder")
-    key = repr((FORMAT, store.url, manifest, found.size, found.mtime, group_by_image))
+    shards = find_shards(store, manifest)
+    name = f"{store.url}/{manifest}".rstrip("/")
+    found = [(shard.path, shard.size, shard.mtime) for shard in shards]
+    key = repr((FORMAT, store.url, manifest, found, group_by_image))
     digest = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     place = Path(folder).expanduser().absolute()
-    target = place / f"{Path(manifest).stem[:60]}-{digest}.arrow"
+    target = place / f"{re.sub('[^A-Za-z0-9._-]', '_', Path(name).stem)[:60]}-{digest}.arrow"
     if target.exists():
         return Manifest(str(target))
     try:
         place.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=place))
         try:
-            built = _build(read_entries(store, manifest), work, group_by_image)
-            if not len(built):
-                raise DataError(f"{store.url}/{manifest} holds no entries")
+            built = _build(_readable(read_entries(store, shards), name), work, group_by_image)
             os.replace(built.path, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise StorageError(f"can't write the index of {manifest} into {place}: {error}") from error
     return Manifest(str(target))
+
+
+def _readable(entries: Iterable[Any], name: str) -> Iterator[Any]:
+    """The same entries. Raises DataError at their end if there are none, or none could be read at all."""
+    first: Exception | None = None
+    good = False
+    for entry in entries:
+        if not good and isinstance(entry, Malformed | SampleError):
+            first = first or entry
+        else:
+            good = True
+        yield entry
+    if not good:
+        detail = first.detail if isinstance(first, SampleError) else f"no entry can be read: {first}"
+        raise DataError(f"{name} holds no entries" if first is None else f"{name}: {detail}")
 
 
 def _build(entries: Iterable[Any], work: Path, group_by_image: bool) -> Manifest:
@@ -470,7 +343,10 @@ def _grouped(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _merged(flat: Manifest, order: np.ndarray, leader: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Rows of the grouped index; `order` and `leader` as `_grouped` gives them."""
+    """Rows of the grouped index; `order` and `leader` as `_grouped` gives them.
+
+    A second picture of a name gets an error: what is stored for one would be taken for the other.
+    """
     group: dict[tuple[str, str], dict[str, Any]] = {}  # by name: two images may share a hash
     current = -1
     for start in range(0, len(order), BATCH_ROWS):
@@ -479,7 +355,16 @@ def _merged(flat: Manifest, order: np.ndarray, leader: np.ndarray) -> Iterator[d
             if leader[place] != current:
                 yield from map(_joined, group.values())
                 group, current = {}, int(leader[place])
-            _merge(group.setdefault((row["image"], row["error"]), {**row, "parts": []}), row)
+            key = (row["image"], row["error"])
+            into = group.setdefault(key, {**row, "parts": []})
+            if into["place"] == row["place"]:
+                if sum(map(len, into["parts"])) > LONGEST_ROW:
+                    yield _joined(into)
+                    into = group[key] = {**row, "parts": []}
+                _merge(into, row)
+            else:
+                taken = f"{row['image'][:200]} names two pictures; members of a tar need names of their own"
+                yield {**row, "conversations": "[]", "error": "unreadable-file", "detail": taken}
     yield from map(_joined, group.values())
 
 
