@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from unimrg.checkpoint import Progress, load_training, save_training
 from unimrg.config import EngineConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
 from unimrg.errors import DataError
-from unimrg.families.base import Processor
+from unimrg.families.base import Family, Processor
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts
 from unimrg.lora import adapt, merged
@@ -114,12 +114,16 @@ def make_with_dropout(name: str) -> tuple[Engine, Processor]:
     return make(name, train_config(6), dropout=0.3)
 
 
-def make_any(name: str, train: TrainConfig, family: str) -> tuple[Engine, Processor]:
+def make_any(
+    name: str, train: TrainConfig, family: str, from_codes: bool = False
+) -> tuple[Engine, Processor]:
     """An engine around the micro model of any family, and its processor."""
     model = families.fresh_model(family)
     model.freeze([], WEIGHTS.active())
     model.train()
-    return make_engine(model, train, engine_config(name), CPU), families.processor(family)
+    processor = families.processor(family)
+    processor.grey_codes = model.grey_codes() if from_codes else None
+    return make_engine(model, train, engine_config(name), CPU), processor
 
 
 # -- what plans are made of ----------------------------------------------------------------------------------
@@ -154,6 +158,36 @@ def train_any(engine: str, family: str, steps: int = 3) -> dict[str, Any]:
     seen: list[StepOutput] = []
     fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)
     return {"steps": [plain(output) for output in seen], "weights": made.weights()}
+
+
+def train_coded(engine: str, family: str) -> dict[str, Any]:
+    """Three steps from frozen codes instead of pictures; some ranks have only text now and then."""
+    made, processor = make_any(engine, train_config(), family, from_codes=True)
+    encoder = families.fresh_model(family)
+    stored = [[coded(sample, encoder) for sample in samples(step)] for step in range(3)]
+    rank, ranks = world()
+    mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    seen: list[StepOutput] = []
+    fit(made, ([processor(step[mine])] for step in stored), WEIGHTS.by_task(), 3, observe=seen.append)
+    return {"steps": [plain(output) for output in seen], "weights": made.weights()}
+
+
+def coded(sample: Sample, model: Family) -> Sample:
+    """The sample as a store of codes gives it: pixels only where the model looks at them."""
+    if sample.image is None:
+        return sample
+    pictures = {"image": sample.image} | {task.value: target for task, target in sample.targets.items()}
+    if sample.targets.get(PIXEL) is sample.image:
+        del pictures["pixel"]
+    codes = {name: frozen(model, picture) for name, picture in pictures.items()}
+    image = sample.image if model.reads_pixels else None
+    return Sample.from_row(replace(sample, image=image, targets={}, codes=codes).to_row())
+
+
+def frozen(model: Family, picture: np.ndarray) -> np.ndarray:
+    """A picture's codes, by the model as a whole."""
+    codes: np.ndarray = model.frozen_codes(torch.from_numpy(picture)[None])[0].numpy()
+    return codes
 
 
 def decay(engine: str) -> dict[str, Any]:

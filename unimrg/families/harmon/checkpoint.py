@@ -54,16 +54,16 @@ def picture_encoder(config: FamilyConfig, dtype: torch.dtype = torch.float32) ->
 
     Raises ConfigError where none is given, CheckpointError where its files don't fit.
     """
+    if not config.weights and config.variant != "tiny":
+        raise untrained("harmon", config.variant)
     numbers = sizes(config)
     vae = KLVAE(numbers.vae)
     if is_ours(config.weights):
         state, source = below("vae.", read_state_dict(config.weights)), config.weights
     elif config.weights:
         state, source = published_vae(vae, config.vae_weights), config.vae_weights
-    elif config.variant == "tiny":
-        state, source = read_state_dict(TINY_VAE), str(TINY_VAE)
     else:
-        raise untrained("harmon", config.variant)
+        state, source = read_state_dict(TINY_VAE), str(TINY_VAE)
     load_strictly(vae, state, source)
     patch = numbers.mar.patch_size
     identity = {"family": "harmon", "encoder": "kl-vae", "settings": asdict(numbers.vae) | {"patch": patch}}
