@@ -21,21 +21,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny_teachers import make_depth_anything, make_sam
+from tests.reference_sam import PlainSam
+from tests.tiny_teachers import make_depth_anything, make_sam, make_sam2
+from unimrg.benchmarks.dense import boundary_scores
 from unimrg.errors import CheckpointError, ConfigError, SampleError
 from unimrg.teachers import Teacher
 from unimrg.teachers.boundaries import mask_boundaries
 from unimrg.teachers.depth import DepthAnything
+from unimrg.teachers.masks import box_nms, mask_boxes, stability
 from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
-from unimrg.teachers.segmentation import (
-    SamBoundaries,
-    box_nms,
-    enlarge,
-    limit_side,
-    mask_boxes,
-    point_grid,
-    stability,
-)
+from unimrg.teachers.resize import enlarge, limit_side, resample, resize
+from unimrg.teachers.sam import load_sam, point_grid
+from unimrg.teachers.segmentation import SamBoundaries
 
 # Low thresholds: random weights are never sure.
 LOOSE: dict[str, Any] = {"points_per_side": 4, "pred_iou_thresh": 0.05, "stability_score_thresh": 0.05}
@@ -83,6 +80,45 @@ def sam(sam_folder: Path) -> SamBoundaries:
 def reason(result: Any) -> str:
     assert isinstance(result, SampleError)
     return result.reason
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("kind", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_resampling_on_a_device_is_that_of_pillow(kind: Image.Resampling) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [
+        *rng.integers(2, 150, (60, 4)).tolist(),
+        (480, 640, 518, 686),
+        (640, 480, 1024, 768),
+        (9, 9, 9, 40),
+    ]
+    for number, (height, width, new_height, new_width) in enumerate(sizes):
+        noise = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        picture = (noise > 127).astype(np.uint8) * 255 if number % 2 else noise  # the cubic filter overshoots
+        expected = np.asarray(Image.fromarray(picture).resize((new_width, new_height), kind))
+        found = resample(torch.from_numpy(picture), (new_height, new_width), kind)
+        np.testing.assert_array_equal(found, expected, str((height, width, new_height, new_width)))
+        np.testing.assert_array_equal(
+            resize(torch.from_numpy(picture), (new_height, new_width), kind), expected
+        )
+
+
+@pytest.mark.parametrize("size", [(50, 70), (70, 50), (64, 64), (200, 30), (57, 56)])
+def test_pixels_are_those_of_the_processors(
+    depth: DepthAnything, depth_folder: Path, sam: SamBoundaries, sam_folder: Path, size: tuple[int, int]
+) -> None:
+    from transformers import AutoImageProcessor
+
+    [image] = pictures([size])
+    for folder, pixels in (
+        (depth_folder, depth._pixels(image, depth._size(*size))),
+        (sam_folder, sam._prepare(image)[0]),
+    ):
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        expected = processor(images=[image], return_tensors="pt", input_data_format="channels_last")
+        np.testing.assert_array_equal(pixels, expected["pixel_values"][0])
 
 
 # Depth
@@ -186,32 +222,134 @@ def test_a_strip_the_processor_would_squash_to_nothing_is_a_failure(depth: Depth
 # Segmentation
 
 
-def plain_sam(folder: Path, image: np.ndarray, nms: float = 0.7) -> np.ndarray:
-    """The generator by transformers' own helpers, all masks at full size, NMS by two loops."""
-    from transformers import AutoImageProcessor, SamModel
+def shapes(size: tuple[int, int], seed: int) -> np.ndarray:
+    """A uint8 picture [H, W, 3] of a dozen overlapping disks and boxes, each of one colour."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    picture = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
+    y, x = np.mgrid[:height, :width]
+    for number in range(12):
+        down, across = y - rng.uniform(0, height), x - rng.uniform(0, width)
+        radius = rng.uniform(0.05, 0.25) * min(size)
+        within = np.hypot(down, across) if number % 2 else np.maximum(np.abs(down), np.abs(across) / 2)
+        picture[within < radius] = rng.integers(0, 256, 3)
+    return picture
 
-    model, processor = (
-        SamModel.from_pretrained(folder),
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+
+# Tiny noise answers with masks all over the picture; a high cut-off leaves dozens of small ones apart.
+DENSE: dict[str, Any] = {"points_per_side": 16, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.2}
+NOISY_SAM = {"side": 128, "patch": 8, "spread": 0.6, "seed": 4}
+NOISY_SAM_RULES = DENSE | {"mask_threshold": 15.0}
+NOISY_SAM2 = {"spread": 0.4, "seed": 1}
+NOISY_SAM2_RULES = DENSE | {"mask_threshold": 200.0, "stability_score_offset": 6.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "rules"),
+    [(make_sam, NOISY_SAM, NOISY_SAM_RULES), (make_sam2, NOISY_SAM2, NOISY_SAM2_RULES)],
+    ids=["sam", "sam2"],
+)
+def test_sam_agrees_with_the_plain_generator(make: Any, model: Any, rules: Any, tmp_path: Path) -> None:
+    images = [*pictures([(100, 128), (96, 70)]), shapes((96, 128), 0), shapes((128, 100), 1)]
+    plain = PlainSam(make(tmp_path, **model), **rules)
+    teacher = SamBoundaries(tmp_path, device="cpu", images_per_batch=3, **rules)
+    drawn = 0
+    for image, found in zip(images, teacher(images), strict=True):
+        expected = plain(image)
+        drawn += plain.kept
+        assert isinstance(found, np.ndarray)
+        assert boundary_scores(found > 0, expected > 0, tolerance=0.0).f >= 0.99
+    assert drawn >= 36
+
+
+@pytest.mark.parametrize("make", [make_sam, make_sam2], ids=["sam", "sam2"])
+def test_the_decoder_is_that_of_the_library(make: Any, tmp_path: Path) -> None:
+    from transformers import Sam2Model, SamModel
+
+    ours = load_sam(make(tmp_path), torch.device("cpu"), torch.float32)
+    library = (SamModel if make is make_sam else Sam2Model).from_pretrained(tmp_path).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels, points = (
+        torch.randn(2, 3, 64, 64, generator=generator),
+        64 * torch.rand(2, 7, 2, generator=generator),
     )
-    crops, points, cropped, labels = processor.generate_crop_boxes(
-        Image.fromarray(image), 64, points_per_crop=4
-    )
-    inputs = processor(images=cropped, return_tensors="pt", input_data_format="channels_first")
-    with torch.no_grad():
-        out = model(inputs["pixel_values"], input_points=points.float(), input_labels=labels)
-    full = processor.post_process_masks(
-        out.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"], binarize=False
-    )
-    runs, scores, boxes = processor.filter_masks(
-        full[0], out.iou_scores[0], inputs["original_sizes"][0].tolist(), crops[0], 0.05, 0.05
-    )
-    edges = np.zeros(image.shape[:2], bool)
-    for index in plain_nms(boxes.float().numpy(), scores.numpy(), nms):
-        values = np.arange(len(runs[index]["counts"])) % 2 == 1
-        mask = np.repeat(values, runs[index]["counts"]).reshape(runs[index]["size"][::-1]).T
-        edges |= mask_boundaries(mask)
-    return edges.astype(np.uint8) * 255
+    with torch.inference_mode():
+        expected = library(pixels, input_points=points[:, :, None], multimask_output=True)
+        features = ours.encode(pixels)
+        answers = ours.answer(features, points)
+        chosen = torch.tensor([[0, 3], [1, 0], [1, 6]])
+        drawn = ours.draw(features, answers, chosen)
+    torch.testing.assert_close(answers.scores, expected.iou_scores)
+    torch.testing.assert_close(drawn, expected.pred_masks[chosen[:, 0], chosen[:, 1]], rtol=1e-4, atol=1e-4)
+    assert drawn.std() > 0.1
+
+
+def test_stability_of_small_logits_would_keep_other_masks(tmp_path: Path) -> None:
+    """Why masks are scored at the size of the picture: scored as decoded, other ones pass."""
+    teacher = SamBoundaries(make_sam(tmp_path, **NOISY_SAM), device="cpu", **NOISY_SAM_RULES)
+    with torch.inference_mode():
+        pixels, geometry = teacher._prepare(shapes((96, 128), 0))
+        features = teacher.sam.encode(pixels[None])
+        answers = teacher.sam.answer(features, teacher.sam.points(16, geometry)[None])
+        logits = teacher.sam.draw(features, answers, (answers.scores > 0.5).any(dim=2).nonzero()).flatten(
+            0, 1
+        )
+        full = torch.cat(list(teacher._full_size(logits, geometry)))
+    exact, quick = (stability(values, 15.0, 1.0) >= 0.2 for values in (full, logits))
+    assert exact.sum() > 50 and (exact != quick).sum() > 0.02 * exact.sum()
+
+
+@pytest.mark.parametrize("size", [(50, 70), (70, 50), (64, 64), (3, 30), (200, 20)])
+def test_sam_of_any_aspect_is_the_plain_generator(
+    sam: SamBoundaries, sam_folder: Path, size: tuple[int, int]
+) -> None:
+    [image] = pictures([size], seed=size[0])
+    [found] = sam([image])
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, PlainSam(sam_folder, **LOOSE)(image))
+    assert 0 < (found == 255).mean() < 1 and set(np.unique(found)) == {0, 255}
+
+
+def test_sam_keeps_sizes_and_encodes_each_picture_once(sam: SamBoundaries) -> None:
+    seen: list[int] = []
+    hook = sam.sam.model.vision_encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    images = pictures(SIZES)
+    found = sam(images)
+    hook.remove()
+    assert [result.shape for result in found if isinstance(result, np.ndarray)] == SIZES
+    assert seen == [4, 4] and len(SIZES) == 8
+
+
+def test_point_batches_and_chunks_change_nothing(
+    sam: SamBoundaries, sam_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(SIZES)
+    whole = SamBoundaries(sam_folder, device="cpu", points_per_batch=40, images_per_batch=8, **LOOSE)
+    assert whole.identity == sam.identity
+    expected = whole(images)
+    monkeypatch.setattr("unimrg.teachers.segmentation.CHUNK_PIXELS", {"cpu": 2 * 64 * 64})
+    for found, other in zip(sam(images), expected, strict=True):
+        np.testing.assert_array_equal(found, other)
+
+
+def test_sam_without_a_mask_is_black(sam_folder: Path) -> None:
+    teacher = SamBoundaries(sam_folder, device="cpu", points_per_side=4, stability_score_thresh=1.0)
+    [found] = teacher(pictures([(50, 70)]))
+    assert isinstance(found, np.ndarray) and found.shape == (50, 70) and not found.any()
+
+
+def test_a_long_side_is_limited_and_the_map_enlarged(sam: SamBoundaries, sam_folder: Path) -> None:
+    limited = SamBoundaries(sam_folder, device="cpu", max_side=40, **LOOSE)
+    [image] = pictures([(60, 100)])
+    small = limit_side(torch.from_numpy(image), 40).numpy()
+    [found], [inner] = limited([image]), sam([small])
+    assert isinstance(inner, np.ndarray) and inner.shape == (24, 40)
+    np.testing.assert_array_equal(found, enlarge(torch.from_numpy(inner), 60, 100))
+
+
+def test_half_precision_of_the_encoder_works(sam_folder: Path) -> None:
+    [found] = SamBoundaries(sam_folder, device="cpu", dtype="bfloat16", **LOOSE)(pictures([(50, 70)]))
+    assert isinstance(found, np.ndarray) and found.any()
 
 
 def plain_nms(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
@@ -229,56 +367,8 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return width * height / total if total else 0.0
 
 
-@pytest.mark.parametrize("size", [(50, 70), (70, 50), (64, 64), (3, 30), (200, 20)])
-def test_sam_is_the_plain_generator(sam: SamBoundaries, sam_folder: Path, size: tuple[int, int]) -> None:
-    [image] = pictures([size], seed=size[0])
-    [found] = sam([image])
-    assert isinstance(found, np.ndarray)
-    np.testing.assert_array_equal(found, plain_sam(sam_folder, image))
-    assert 0 < (found == 255).mean() < 1 and set(np.unique(found)) == {0, 255}
-
-
-def test_sam_keeps_sizes_and_encodes_each_picture_once(sam: SamBoundaries) -> None:
-    calls: list[int] = []
-    hook = sam.model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
-    images = pictures(SIZES)
-    found = sam(images)
-    hook.remove()
-    assert [result.shape for result in found if isinstance(result, np.ndarray)] == SIZES
-    assert len(calls) == len(SIZES)
-
-
-def test_point_batches_and_chunks_change_nothing(
-    sam: SamBoundaries, sam_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = pictures([(50, 70)])
-    whole = SamBoundaries(sam_folder, device="cpu", points_per_batch=1000, **LOOSE)
-    assert whole.identity == sam.identity
-    expected = whole(images)[0]
-    monkeypatch.setattr("unimrg.teachers.segmentation.CHUNK_PIXELS", 2 * 64 * 64)
-    np.testing.assert_array_equal(sam(images)[0], expected)
-
-
-def test_sam_without_a_mask_is_black(sam_folder: Path) -> None:
-    teacher = SamBoundaries(sam_folder, device="cpu", points_per_side=4, stability_score_thresh=1.0)
-    [found] = teacher(pictures([(50, 70)]))
-    assert isinstance(found, np.ndarray) and found.shape == (50, 70) and not found.any()
-
-
-def test_a_long_side_is_limited_and_the_map_enlarged(sam: SamBoundaries, sam_folder: Path) -> None:
-    limited = SamBoundaries(sam_folder, device="cpu", max_side=40, **LOOSE)
-    [image] = pictures([(60, 100)])
-    [found], [inner] = limited([image]), sam([limit_side(image, 40)])
-    assert isinstance(inner, np.ndarray) and inner.shape == (24, 40)
-    np.testing.assert_array_equal(found, enlarge(inner, 60, 100))
-
-
-def test_half_precision_of_the_encoder_works(sam_folder: Path) -> None:
-    [found] = SamBoundaries(sam_folder, device="cpu", dtype="bfloat16", **LOOSE)(pictures([(50, 70)]))
-    assert isinstance(found, np.ndarray) and found.any()
-
-
-def test_nms_against_brute_force() -> None:
+def test_nms_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unimrg.teachers.masks.NMS_BLOCK", 16)  # 40 boxes: several blocks, the last not full
     rng = np.random.default_rng(0)
     for trial in range(30):
         low = rng.integers(0, 30, (40, 2))
@@ -337,13 +427,14 @@ def test_boundaries_of_several_masks_at_once() -> None:
 
 def test_resizing_is_that_of_opencv() -> None:
     stored = golden()
-    small = limit_side(stored["picture"], 64)
+    small = limit_side(torch.from_numpy(stored["picture"]), 64).numpy()
     assert small.shape == stored["area"].shape
     assert np.abs(small.astype(int) - stored["area"]).max() <= 1
     assert (small != stored["area"]).mean() < 0.002
     first = golden_masks()[0][0].astype(np.uint8)
-    np.testing.assert_array_equal(enlarge(first, *stored["nearest"].shape), stored["nearest"])
-    halved = limit_side(np.array([[[0], [1]], [[0], [1]]], np.uint8).repeat(3, axis=2), 1)
+    enlarged = enlarge(torch.from_numpy(first), *stored["nearest"].shape)
+    np.testing.assert_array_equal(enlarged, stored["nearest"])
+    halved = limit_side(torch.tensor([[[0] * 3, [1] * 3]] * 2, dtype=torch.uint8), 1)
     assert halved.tolist() == [[[1, 1, 1]]]
 
 
@@ -369,7 +460,7 @@ def test_bad_pictures_give_errors_in_their_place(name: str, request: pytest.Fixt
     assert isinstance(teacher, Teacher) and teacher([]) == []
 
 
-BUILDERS = [(DepthAnything, make_depth_anything), (SamBoundaries, make_sam)]
+BUILDERS = [(DepthAnything, make_depth_anything), (SamBoundaries, make_sam), (SamBoundaries, make_sam2)]
 
 
 @pytest.mark.parametrize(("teacher", "make"), BUILDERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ def _shake(model: torch.nn.Module, seed: int, spread: float) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, spread, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("positional_embedding"):
+                buffer.normal_(0.0, 1.0, generator=generator)
 
 
 def make_depth_anything(folder: Path, metric: bool = False, seed: int = 0) -> Path:
@@ -55,8 +59,8 @@ def make_depth_anything(folder: Path, metric: bool = False, seed: int = 0) -> Pa
     return Path(folder)
 
 
-def make_sam(folder: Path, seed: int = 0) -> Path:
-    """A SAM with two encoder layers that sees pictures of 64 pixels and decodes masks of 16."""
+def make_sam(folder: Path, seed: int = 0, side: int = 64, patch: int = 16, spread: float = 0.25) -> Path:
+    """A SAM with two encoder layers that sees pictures of `side` pixels in patches of `patch`."""
     from transformers import (
         SamConfig,
         SamMaskDecoderConfig,
@@ -71,26 +75,72 @@ def make_sam(folder: Path, seed: int = 0) -> Path:
         output_channels=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=64,
-        patch_size=16,
+        image_size=side,
+        patch_size=patch,
         window_size=2,
         global_attn_indexes=[1],
         num_pos_feats=16,
         mlp_dim=64,
     )
-    prompt = SamPromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
+    prompt = SamPromptEncoderConfig(hidden_size=32, image_size=side, patch_size=patch, mask_input_channels=8)
     decoder = SamMaskDecoderConfig(
         hidden_size=32, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=32, iou_head_depth=2
     )
     model = SamModel(
         SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     )
-    _shake(model, seed, 0.25)
+    _shake(model, seed, spread)
     model.save_pretrained(folder)
     SamImageProcessorPil(
-        size={"longest_edge": 64},
-        pad_size={"height": 64, "width": 64},
-        mask_size={"longest_edge": 16},
-        mask_pad_size={"height": 16, "width": 16},
+        size={"longest_edge": side},
+        pad_size={"height": side, "width": side},
+        mask_size={"longest_edge": 4 * side // patch},
+        mask_pad_size={"height": 4 * side // patch, "width": 4 * side // patch},
     ).save_pretrained(folder)
+    return Path(folder)
+
+
+def make_sam2(folder: Path, seed: int = 0, spread: float = 0.25) -> Path:
+    """A SAM 2 with four small stages that sees pictures of 64 pixels and decodes masks of 16."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
+
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 2, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 2, 2, 4],
+        window_size_per_stage=[4, 2, 2, 1],
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[2, 2],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+    )
+    prompt = Sam2PromptEncoderConfig(hidden_size=32, image_size=64, patch_size=16, mask_input_channels=8)
+    decoder = Sam2MaskDecoderConfig(
+        hidden_size=32, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=32, iou_head_depth=2
+    )
+    model = Sam2Model(
+        Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    )
+    _shake(model, seed, spread)
+    model.save_pretrained(folder)
+    # The library's processor needs torchvision to be built; what it would store is this.
+    settings = {
+        "image_processor_type": "Sam2ImageProcessor",
+        "size": {"height": 64, "width": 64},
+        "resample": 2,
+    }
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
     return Path(folder)

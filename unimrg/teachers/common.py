@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import AcceleratorError, Tensor, nn
 
 from unimrg.errors import SampleError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 # A strip longer than this is scaled by the depth teacher to a multiple of the memory of a usual picture,
 # or to a height of zero patches. Photographs and screenshots stay far below.
 MAX_ASPECT = 16
+
+# Shapes that one kind of layer is compiled for; above it torch would go on without a word, uncompiled.
+COMPILED_SHAPES = 64
 
 
 def check_picture(image: Any) -> None:
@@ -33,13 +41,12 @@ def check_picture(image: Any) -> None:
 def attempt(label: Callable[[], T]) -> T | SampleError:
     """`label()`, or its failure as a `SampleError`: one picture must not cost the batch.
 
-    A fault of the accelerator itself goes through: it is no picture's fault, and every later one would fail.
+    Faults of the accelerator and of the compiler go through: they are no picture's, and every later one would
+    fail.
     """
-    from torch import AcceleratorError
-
     try:
         return label()
-    except AcceleratorError:
+    except _no_pictures_faults():
         raise
     except SampleError as error:
         return error
@@ -48,12 +55,63 @@ def attempt(label: Callable[[], T]) -> T | SampleError:
         return SampleError("teacher-failed", f"{type(error).__name__}: {first}"[:300])
 
 
+def _no_pictures_faults() -> tuple[type[BaseException], ...]:
+    """What the accelerator raises, and torch.compile if loaded: loading it to ask takes a second."""
+    compiler = sys.modules.get("torch._dynamo.exc")
+    return (AcceleratorError, compiler.TorchDynamoException) if compiler else (AcceleratorError,)
+
+
+def in_batches(
+    label: Callable[[list[Item]], Sequence[T | SampleError]], items: list[Item], size: int
+) -> list[T | SampleError]:
+    """`label` of `size` items at a time; if a batch fails, each on its own, so that one culprit is found."""
+    results: list[T | SampleError] = []
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        found = attempt(lambda batch=batch: list(label(batch)))  # type: ignore[misc]
+        if not isinstance(found, SampleError):
+            results += found
+        elif len(batch) == 1:
+            results.append(found)
+        else:
+            results += in_batches(label, batch, 1)
+    return results
+
+
+def compile_layers(layers: nn.ModuleList, wanted: bool | None, device: torch.device) -> bool:
+    """Compiles each layer of an encoder in place, if wanted (None: on a GPU); says whether it did.
+
+    Layers rather than the whole: equal layers share their code, so it takes seconds and not minutes. Shapes
+    are compiled as they are, never as dynamic ones: what runs, and how it rounds, mustn't depend on earlier
+    pictures.
+    """
+    if wanted is None:
+        wanted = device.type == "cuda"
+    if wanted:
+        for layer in layers:
+            layer.compile(dynamic=False, recompile_limit=COMPILED_SHAPES)
+    return wanted
+
+
+def only_full_compiled(compiled: bool, full: bool) -> AbstractContextManager[Any]:
+    """Runs compiled layers as written unless the batch is full: not every size is worth compiling."""
+    if compiled and not full:
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
+
+
 def stretch(values: np.ndarray) -> np.ndarray:
     """Finite floats [...] as uint8: smallest 0, largest 255, cut (not rounded) as Depth Anything V2 does.
 
     A constant map gives 0, also one that is constant but for the rounding of a resize.
     """
-    low, high = values.min(), values.max()
-    if high - low <= 16 * np.finfo(values.dtype).eps * max(abs(low), abs(high)):
-        return np.zeros(values.shape, np.uint8)
-    return ((values - low) / (high - low) * 255).astype(np.uint8)
+    return stretch_tensor(torch.from_numpy(np.ascontiguousarray(values))).numpy()
+
+
+def stretch_tensor(values: Tensor) -> Tensor:
+    """`stretch` on any device, without waiting for it."""
+    low, high = values.aminmax()
+    flat = high - low <= 16 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
+    scaled = (values - low) / (high - low) * 255
+    return torch.where(flat, 0.0, scaled).to(torch.uint8)

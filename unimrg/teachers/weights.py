@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = ("*config.json", "*.index.json")
+ASSETS = Path(__file__).parent / "assets"
+TINY = {"depth": ASSETS / "depth_tiny", "segmentation": ASSETS / "sam_tiny"}  # made by unimrg.teachers.fit
+PROCESSOR_KEYS = (
+    *("do_resize", "size", "resample", "keep_aspect_ratio", "ensure_multiple_of", "do_pad", "pad_size"),
+    *("size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
 def choose_device(device: str) -> torch.device:
@@ -39,7 +45,12 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def find_folder(checkpoint: str | Path, purpose: str) -> Path:
-    """The folder of a checkpoint; a hub id (`owner/name`) is fetched first, safetensors where it has them."""
+    """The folder of a checkpoint: `tiny` is the small teacher of that purpose that comes with the package.
+
+    A hub id (`owner/name`) is fetched first, safetensors where it has them.
+    """
+    if str(checkpoint) == "tiny":
+        return TINY[purpose]
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -74,20 +85,26 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def load_model(model_class: Any, folder: Path, family: str, purpose: str) -> PreTrainedModel:
-    """The model in float32 on the CPU, in evaluation mode, every weight read from the folder.
-
-    family: the `model_type` that config.json must name. Pickles are read with torch's weights-only reader,
-    which runs no code from the file.
-    """
-    where = f"{purpose} checkpoint {folder}"
+def model_type(folder: Path, purpose: str) -> str | None:
+    """The `model_type` that config.json names."""
     try:
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        found: str | None = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{where}: config.json is missing or unreadable; save the model again"
+            f"{purpose} checkpoint {folder}: config.json is missing or unreadable; save the model again"
         ) from error
-    if found != family:
+    return found
+
+
+def load_model(model_class: Any, folder: Path, types: tuple[str, ...], purpose: str) -> PreTrainedModel:
+    """The model in float32 on the CPU, in evaluation mode, every weight read from the folder.
+
+    types: one of them config.json must name as its `model_type`. Pickles are read with torch's weights-only
+    reader, which runs no code from the file.
+    """
+    where, family = f"{purpose} checkpoint {folder}", types[0]
+    found = model_type(folder, purpose)
+    if found not in types:
         raise CheckpointError(f"{where}: holds a model of type {found!r}; give one of type {family!r}")
     files = weight_files(folder)
     if not files:
@@ -120,17 +137,28 @@ def load_processor(folder: Path, purpose: str) -> BaseImageProcessor:
     try:
         return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except Exception as error:  # unknown class names, missing files, bad JSON: all mean the same here
-        raise CheckpointError(
-            f"{purpose} checkpoint {folder}: no usable image processor ({type(error).__name__}); "
-            "put the published preprocessor_config.json beside the weights"
-        ) from error
+        raise CheckpointError(_no_processor(folder, purpose, error)) from error
+
+
+def _no_processor(folder: Path, purpose: str, error: Exception) -> str:
+    return (
+        f"{purpose} checkpoint {folder}: no usable image processor ({type(error).__name__}); "
+        "put the published preprocessor_config.json beside the weights"
+    )
 
 
 def processor_settings(processor: BaseImageProcessor) -> dict[str, Any]:
     """What the processor does to a picture, as plain JSON values."""
-    kept = (
-        *("do_resize", "size", "resample", "keep_aspect_ratio", "ensure_multiple_of", "do_pad", "pad_size"),
-        *("size_divisor", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
-    )
     settings = json.loads(processor.to_json_string())
-    return {key: settings[key] for key in kept if settings.get(key) is not None}
+    return {key: settings[key] for key in PROCESSOR_KEYS if settings.get(key) is not None}
+
+
+def stored_settings(folder: Path, purpose: str) -> dict[str, Any]:
+    """What the folder's processor file says that a processor does, whether or not its class can be loaded."""
+    from transformers import BaseImageProcessor
+
+    try:
+        found, _ = BaseImageProcessor.get_image_processor_dict(folder, local_files_only=True)
+    except Exception as error:  # missing files and bad JSON mean the same here
+        raise CheckpointError(_no_processor(folder, purpose, error)) from error
+    return {key: found[key] for key in PROCESSOR_KEYS if found.get(key) is not None}
