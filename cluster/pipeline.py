@@ -5,8 +5,8 @@ nothing is read or labelled twice. Order is kept through the whole pipeline, row
 and blocks hold exactly one worker's share of a batch, so global batch k is the k-th run of usable rows
 whatever the timing and the number of workers.
 
-    spans of the list ─► _ReadStored (one window of the label store) ─► _Finish(Prepare) ─► split
-    units of the list ─► _ReadRaw (pictures where they lie)          ─► _Finish(Render)  ─► split
+    units of the list ─► _ReadStored (parts of the label store) ─► _Finish(Prepare) ─► split
+    units of the list ─► _ReadRaw (pictures where they lie)     ─► _Finish(Render)  ─► split
 
 How far it works ahead of training is counted in samples, not in bytes: `Ingest.release` holds readers back.
 """
@@ -17,7 +17,8 @@ import bisect
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.expressions import col
 
 from unimrg.config import RunConfig, S3Options
@@ -49,7 +50,6 @@ from unimrg.storage import Store, take_retries
 from unimrg.weights import localized
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
-READERS = 2
 READ_CPUS = 0.25
 READ_THREADS = 8
 POLL_SECONDS = 0.2
@@ -264,37 +264,32 @@ class Ingest:
         with localized(config.family, config.s3.store(), only_descriptions=True) as family:
             side = load_family(family.name).image_size(family)
         render = Render(side, config.data.geometry)
+        unit = config.data.unit
+        spans = [{"start": at, "stop": min(at + unit, stop)} for at in range(start, stop, unit)]
+        dataset = ray.data.from_items(spans, override_num_blocks=len(spans))
+        options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": READ_CPUS}
         if self.stored is not None:
-            spans, readers = list(self.order.spans(start, stop)), READERS
             maps = tuple(name for name in MAPS if name in config.weights.active())
+            dataset = dataset.map_batches(
+                _ReadStored,
+                fn_constructor_args=(myself, self.stored, maps, 2 * config.data.window * len(self.stored)),
+                compute=ActorPoolStrategy(size=config.data.readers, max_tasks_in_flight_per_actor=2),
+                **options,
+            )
             images = [images_of(config, url) for url in config.data.places()]
-            read: Any = _ReadStored(myself, self.stored, maps, config.data.unit)
             work: Any = Prepare(Unpack(images, config.data, maps), render, self.stored[0].pixels)
         else:
-            unit, readers = config.data.unit, preparers()
-            spans = [(at, min(at + unit, stop)) for at in range(start, stop, unit)]
             sources = [open_sources(config, url) for url in config.data.places()]
-            read, work = _ReadRaw(myself, Fetch(sources, config.data)), render
-        dataset = ray.data.from_items(
-            [{"start": a, "stop": b} for a, b in spans], override_num_blocks=len(spans)
-        )
-        return (
-            dataset.map_batches(
-                read,
-                batch_format="pyarrow",
-                batch_size=1,
-                num_cpus=READ_CPUS,
-                compute=TaskPoolStrategy(size=readers),
-            )
-            .map_batches(
-                _Finish(self.monitor, myself, work),
-                batch_format="pyarrow",
-                batch_size=None,
-                num_cpus=0.5,
-                compute=TaskPoolStrategy(size=preparers()),
-            )
-            .filter(expr=col("error") == "")
-        )
+            read = _ReadRaw(myself, Fetch(sources, config.data))
+            dataset = dataset.map_batches(read, compute=TaskPoolStrategy(size=preparers()), **options)
+            work = render
+        return dataset.map_batches(
+            _Finish(self.monitor, myself, work),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=0.5,
+            compute=TaskPoolStrategy(size=preparers()),
+        ).filter(expr=col("error") == "")
 
 
 def quiet_context() -> None:
@@ -324,37 +319,42 @@ class _ReadRaw:
 
 
 class _ReadStored:
-    """A span of positions to rows of the label store (`STORED`), unit by unit.
+    """A unit of positions to rows of the label store (`STORED`).
 
-    Waiting happens inside `ray.get`, which lends this task's share of the CPU to whoever is waited for.
+    An actor: units of one window need the same parts, which it keeps. (A task that yields the units of a
+    window one by one can't be held back: Ray Data collects what a task yields into large blocks.)
     """
 
-    def __init__(self, ingest: Any, stored: Sequence[Stored], maps: Sequence[str], unit: int) -> None:
+    def __init__(self, ingest: Any, stored: Sequence[Stored], maps: Sequence[str], parts: int) -> None:
         self.ingest = ingest
         self.stored = list(stored)
         self.maps = tuple(maps)
-        self.unit = unit
+        self.kept: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self.parts = parts
+        self.pool = ThreadPoolExecutor(READ_THREADS)
 
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        ((start, stop),) = zip(*table.select(["start", "stop"]).to_pydict().values(), strict=True)
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ((start, stop),) = ((unit["start"], unit["stop"]) for unit in table.to_pylist())
         ray.get(self.ingest.release.remote(start))
         rows = ray.get(self.ingest.rows.remote(start, stop))
         source, row = (rows[name].to_numpy() for name in ("source", "row"))
         sizes = np.array([one.labels.shard_rows for one in self.stored])[source]
         keys, part_of = np.unique(np.stack([source, row // sizes]), axis=1, return_inverse=True)
         tables = self._read([(int(s), int(number)) for s, number in keys.T])
-        for at in range(0, len(rows), self.unit):
-            if at:
-                ray.get(self.ingest.release.remote(start + at))
-            unit = slice(at, at + self.unit)
-            stored = pick(tables, part_of.reshape(-1)[unit], (row % sizes)[unit])
-            yield join_stored(rows.slice(at, self.unit), stored)
+        return join_stored(rows, pick(tables, part_of.reshape(-1), row % sizes))
 
     def _read(self, parts: list[tuple[int, int]]) -> list[pa.Table]:
         """These parts, (source, number), as soon as they are there."""
-        ray.get(self.ingest.wait_for.remote(parts))
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            return list(pool.map(lambda part: self.stored[part[0]].read(part[1], self.maps), parts))
+        new = [part for part in parts if part not in self.kept]
+        if new:
+            ray.get(self.ingest.wait_for.remote(new))
+            found = self.pool.map(lambda part: self.stored[part[0]].read(part[1], self.maps), new)
+            self.kept.update(zip(new, found, strict=True))
+        for part in parts:
+            self.kept.move_to_end(part)
+        while len(self.kept) > max(self.parts, len(parts)):
+            self.kept.popitem(last=False)
+        return [self.kept[part] for part in parts]
 
 
 def pick(tables: Sequence[pa.Table], table: np.ndarray, row: np.ndarray) -> pa.Table:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from unimrg.config import LabelConfig, PoolConfig, RunConfig, TeachersConfig
@@ -49,7 +50,7 @@ def make_teacher(name: str, config: TeachersConfig) -> Teacher:
 
 def make_encoder(config: RunConfig) -> PictureEncoder:
     """The frozen picture encoder of a run's family."""
-    dtype = config.labels.encoder.dtype
+    dtype = getattr(torch, config.labels.encoder.dtype)
     with localized(config.family, config.s3.store()) as local:
         encoder: PictureEncoder = load_family(local.name).picture_encoder(local, dtype=dtype)
     return encoder

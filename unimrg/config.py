@@ -185,6 +185,7 @@ class DataConfig:
     window: int = knob(
         8, "shards whose rows are mixed; the shards themselves come in a new order every epoch"
     )
+    readers: int = knob(1, "actors that read the label store; each keeps the parts of two windows in memory")
     ahead: int = knob(0, "samples made ready before training asks for them; 0 = 16 steps' worth")
 
     def places(self) -> list[str]:
@@ -195,6 +196,7 @@ class DataConfig:
         self.scenes.check()
         require("data.shard_rows", self.shard_rows, 1)
         require("data.window", self.window, 1)
+        require("data.readers", self.readers, 1)
         require("data.ahead", self.ahead, 0)
         if self.shard_rows % self.unit:
             raise ConfigError(
@@ -204,7 +206,7 @@ class DataConfig:
             raise ConfigError("data.manifest and data.manifests are both set; name each data set once")
         if self.shares and len(self.shares) != len(self.manifests):
             raise ConfigError(
-                f"data.shares: {len(self.shares)} numbers for {len(self.manifests)} data.manifests; give each one"
+                f"data.shares: {len(self.shares)} numbers for {len(self.manifests)} manifests; give each one"
             )
         for share in self.shares:
             require("data.shares", share, 0, above=True)
