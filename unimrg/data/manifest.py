@@ -40,6 +40,8 @@ BATCH_CHARACTERS = 32 << 20
 LONGEST_NAME = 1024  # characters of an id or a path: what an object's key may have
 LONGEST_ROW = 4 << 20  # characters of conversations about one picture; more become another row
 LONGEST_TALK = 1 << 20  # characters of one conversation, more than any model's context
+MOST_UNPACKED = 200  # texts may be so many times as large as their files: packed, but no bomb
+SMALL = 64 << 20  # characters that are always fine
 FORMAT = 2  # goes into the index's name: a new layout never reads an old file
 
 SCHEMA = pa.schema(
@@ -60,6 +62,7 @@ SCHEMA = pa.schema(
 EVALUATION = ("family", "pair", "conflict")
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
 
 
@@ -96,7 +99,7 @@ def pair_name(path: str) -> str:
         wrong = "is absolute"
     elif ".." in posixpath.normpath(path).split("/"):
         wrong = "climbs out of its folder"
-    elif any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in path):
+    elif CONTROL.search(path):
         wrong = "holds control characters"
     if wrong:
         raise SampleError("path-outside-folder", f"{path[:200]!r} {wrong}")
@@ -113,7 +116,7 @@ def parse_entry(entry: Any, index: int) -> dict[str, Any]:
     try:
         if isinstance(entry, Packed):
             row |= {"image": pair_name(entry.image), "place": entry.place}
-            entry = {**entry.value, "image": entry.image} if isinstance(entry.value, dict) else entry.value
+            entry = {**entry.value, "image": row["image"]} if isinstance(entry.value, dict) else entry.value
         if isinstance(entry, Malformed | SampleError):
             raise entry
         if not isinstance(entry, dict):
@@ -278,7 +281,9 @@ def build_index(
         place.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=place))
         try:
-            built = _build(_readable(read_entries(store, shards), name), work, group_by_image)
+            entries = _readable(read_entries(store, shards), name)
+            most = MOST_UNPACKED * sum(shard.size or 0 for shard in shards) + SMALL
+            built = _build(entries, work, group_by_image, most)
             os.replace(built.path, target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -302,13 +307,23 @@ def _readable(entries: Iterable[Any], name: str) -> Iterator[Any]:
         raise DataError(f"{name} holds no entries" if first is None else f"{name}: {detail}")
 
 
-def _build(entries: Iterable[Any], work: Path, group_by_image: bool) -> Manifest:
+def _build(entries: Iterable[Any], work: Path, group_by_image: bool, most: int) -> Manifest:
+    """The index in `work`. Raises DataError when it has more than `most` characters of conversations."""
     images = array("Q")  # one 64-bit hash per row: 8 bytes instead of a path
     seen: set[str] = set()
+    characters = longest = 0
 
     def rows() -> Iterator[dict[str, Any]]:
+        nonlocal characters, longest
         for index, entry in enumerate(entries):
             row = parse_entry(entry, index)
+            characters += len(row["conversations"])
+            longest = max(longest, len(row["conversations"]))
+            if characters > most:
+                raise DataError(
+                    f"the data set unpacks to more than {MOST_UNPACKED} times its size by entry {index}; "
+                    "look whether that is meant, and write its texts less packed"
+                )
             single = row["image"] is None or row["error"] is not None
             images.append(_hash(f"row {index}" if single else f"image {row['image']}"))
             seen.update(name for name in EVALUATION if row[name] is not None)
@@ -323,7 +338,8 @@ def _build(entries: Iterable[Any], work: Path, group_by_image: bool) -> Manifest
     schema = pa.schema([field for field in SCHEMA if field.name not in absent])
     final = work / "final.arrow"
     if group_by_image:
-        _write(final, _merged(built, *_grouped(np.frombuffer(images, np.uint64))), schema)
+        step = max(1, min(BATCH_ROWS, BATCH_CHARACTERS // max(longest, 1)))
+        _write(final, _merged(built, *_grouped(np.frombuffer(images, np.uint64)), step), schema)
     else:
         with pa.OSFile(str(final), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in built.iter_batches():
@@ -342,15 +358,15 @@ def _grouped(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, leader[order]
 
 
-def _merged(flat: Manifest, order: np.ndarray, leader: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Rows of the grouped index; `order` and `leader` as `_grouped` gives them.
+def _merged(flat: Manifest, order: np.ndarray, leader: np.ndarray, step: int) -> Iterator[dict[str, Any]]:
+    """Rows of the grouped index; `order` and `leader` as `_grouped` gives them, `step` rows read at a time.
 
     A second picture of a name gets an error: what is stored for one would be taken for the other.
     """
     group: dict[tuple[str, str], dict[str, Any]] = {}  # by name: two images may share a hash
     current = -1
-    for start in range(0, len(order), BATCH_ROWS):
-        stop = min(start + BATCH_ROWS, len(order))
+    for start in range(0, len(order), step):
+        stop = min(start + step, len(order))
         for place, row in zip(range(start, stop), flat.rows(order[start:stop]).to_pylist(), strict=True):
             if leader[place] != current:
                 yield from map(_joined, group.values())

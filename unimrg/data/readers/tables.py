@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -90,7 +91,7 @@ def _batches(
 
 def picture_leaf(types: pa.Schema) -> str:
     """The Parquet column that holds pictures, "" if there is none."""
-    if "image" not in types.names or _is_text(types.field("image").type):
+    if "image" not in types.names or _is_text(_spelt(types.field("image").type)):
         return ""
     return "image.bytes" if pa.types.is_struct(types.field("image").type) else "image"
 
@@ -172,10 +173,10 @@ def _ranges(pictures: pa.Array | None, start: int, rows: int) -> list[str]:
     if pictures is None:
         return [""] * rows
     _, offsets, data = pictures.buffers()
-    if data is None:
+    if data is None or not rows:
         return [""] * rows
-    wide = pa.types.is_large_binary(pictures.type) or pa.types.is_large_string(pictures.type)
-    ends = memoryview(offsets).cast("q" if wide else "i")[pictures.offset :]
+    width = np.dtype(np.int64 if pa.types.is_large_binary(pictures.type) else np.int32)
+    ends = np.frombuffer(offsets, width, rows + 1, pictures.offset * width.itemsize).tolist()
     first = start + data.address
     there = pictures.is_valid().to_pylist()
     return [f"@{first + ends[i]}+{ends[i + 1] - ends[i]}" if there[i] else "" for i in range(rows)]
@@ -190,13 +191,18 @@ def _check_columns(types: pa.Schema) -> None:
         raise Broken(f"no column 'conversations', only {', '.join(types.names[:20])}")
     if double := [name for name in FIELDS if types.names.count(name) > 1]:
         raise Broken(f"column {double[0]!r} is there twice")
-    kind = types.field("image").type if "image" in types.names else pa.string()
+    kind = _spelt(types.field("image").type) if "image" in types.names else pa.string()
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
+        kind = _spelt(kind.field("bytes").type)
     if not (_is_text(kind) or _is_bytes(kind)):
         raise Broken(
             f"column 'image' is of {types.field('image').type}; use a path, bytes or {{bytes, path}}"
         )
+
+
+def _spelt(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, where they are named by a dictionary."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -212,7 +218,7 @@ def _without_pictures(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.Array |
     if "image" not in batch.schema.names:
         return batch, None
     column = batch.column("image")
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kind = _spelt(column.type)
     if _is_text(kind):
         return batch, None
     batch = batch.drop_columns(["image"])

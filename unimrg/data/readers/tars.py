@@ -21,6 +21,7 @@ from unimrg.data.readers.entries import LONGEST_ENTRY, PICTURES, Broken, Malform
 from unimrg.data.readers.source import Source
 
 CAPTION_QUESTION = "Describe the image."
+PADDING = 1 << 20  # the most zeros behind the end; tar writes up to 10 KiB
 TEXTS = frozenset(("json", "txt"))
 
 Parts = dict[str, Any]  # of a sample, by suffix: the member of a picture, what a text member says
@@ -65,10 +66,10 @@ def _members(source: Source) -> Iterator[tarfile.TarInfo]:
                 yield member
     except (tarfile.TarError, RecursionError, ValueError, OverflowError, struct.error) as error:
         raise Broken(f"the tar breaks at byte {max(end, 0)}: {error}") from error
-    # tarfile takes a damaged header for the end; the true end is a block of zeros, or that of the file.
+    # tarfile takes a damaged header for the end. Behind the true end are zeros, or nothing.
     source.seek(archive.offset)
-    if any(source.read(tarfile.BLOCKSIZE)):
-        raise Broken(f"the tar breaks at byte {archive.offset}: what stands there is no header")
+    if any(source.read(PADDING)) or source.size > archive.offset + PADDING:
+        raise Broken(f"the tar ends at byte {archive.offset}, but not the file: damage, or two tars in one")
 
 
 def _text(source: Source, member: tarfile.TarInfo) -> str | Malformed:
