@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from cluster.pipeline import open_manifest, open_sources
+from cluster.pipeline import image_side, open_manifest, open_sources
 from cluster.teachers import make_teacher
 from cluster.worker import MODEL, run_store
 from unimrg.benchmarks.held_out import Question, ask, draw_all, score_drawings, write_pictures
@@ -87,9 +87,7 @@ def _prepare(config: RunConfig, rows: pa.Table) -> list[Sample]:
             teach = Teach(name, functools.partial(make_teacher, name, config.teachers))
             some = teach(table.slice(0, config.report.images))
             table = pa.concat_tables([some, table.slice(config.report.images)])
-    with localized(config.family, config.s3.store(), only_descriptions=True) as local:
-        side = load_family(local.name).image_size(local)
-    table = Render(side, config.data.geometry)(table)
+    table = Render(image_side(config), config.data.geometry)(table)
     return [Sample.from_row(row) for row in table.to_pylist() if not row["error"]]
 
 

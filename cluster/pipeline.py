@@ -45,9 +45,7 @@ from unimrg.data.stages import (
     wanted_maps,
 )
 from unimrg.errors import DataError
-from unimrg.families import load_family
 from unimrg.storage import Store, take_retries
-from unimrg.weights import localized
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
 READ_CPUS = 0.25
@@ -261,8 +259,7 @@ class Ingest:
         """Samples of positions start..stop-1, in order; quarantined ones are missing."""
         quiet_context()
         config = self.config
-        with localized(config.family, config.s3.store(), only_descriptions=True) as family:
-            side = load_family(family.name).image_size(family)
+        side = image_side(config)
         render = Render(side, config.data.geometry)
         unit = config.data.unit
         spans = [{"start": at, "stop": min(at + unit, stop)} for at in range(start, stop, unit)]
@@ -290,6 +287,16 @@ class Ingest:
             num_cpus=0.5,
             compute=TaskPoolStrategy(size=preparers()),
         ).filter(expr=col("error") == "")
+
+
+def image_side(config: RunConfig) -> int:
+    """Side of the family's training pictures, pixels."""
+    # Not at the top: they need torch, and most processes of a pipeline don't.
+    from unimrg.families import load_family
+    from unimrg.weights import localized
+
+    with localized(config.family, config.s3.store(), only_descriptions=True) as family:
+        return int(load_family(family.name).image_size(family))
 
 
 def quiet_context() -> None:

@@ -9,16 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from unimrg.config import LabelConfig, PoolConfig, RunConfig, TeachersConfig
 from unimrg.data.label_store import dataset_key
 from unimrg.data.manifest import Manifest
 from unimrg.data.stages import MAPS, Encode, PictureEncoder, Teach
-from unimrg.families import load_family
 from unimrg.teachers import Teacher
-from unimrg.weights import localized
 
 CPU_ACTOR = 0.5
 """Logical CPUs of an actor that has no GPU: a laptop holds two teachers, an encoder and a worker."""
@@ -50,6 +47,11 @@ def make_teacher(name: str, config: TeachersConfig) -> Teacher:
 
 def make_encoder(config: RunConfig) -> PictureEncoder:
     """The frozen picture encoder of a run's family."""
+    import torch
+
+    from unimrg.families import load_family
+    from unimrg.weights import localized
+
     dtype = getattr(torch, config.labels.encoder.dtype)
     with localized(config.family, config.s3.store()) as local:
         encoder: PictureEncoder = load_family(local.name).picture_encoder(local, dtype=dtype)

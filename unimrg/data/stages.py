@@ -31,7 +31,6 @@ from unimrg.errors import SampleError, StorageError
 from unimrg.sample import IMAGE_TASKS, PICTURES, Labels, Record, Sample, Task, load_conversations
 from unimrg.storage import Store
 from unimrg.teachers import Teacher
-from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
 
 MAPS = ("depth", "segmentation")
 FETCH_THREADS = 8
@@ -155,6 +154,9 @@ class Fetch:
         column = "depth" if name == "depth" else "masks"
         if not row.get(column):
             raise SampleError("missing-label", f"the manifest names no {column} file for this image")
+        # Not at the top: it needs torch, whose import is most of what starting a reader takes.
+        from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
+
         raw = read_file(sources.images, row[column], self.limits.max_bytes)
         if name == "depth":
             return oracle_depth(_fit(decode_map(raw), shape))
@@ -454,6 +456,8 @@ def _grey(raw: bytes) -> np.ndarray:
 
 
 def _decode_grey(raw: bytes) -> np.ndarray:
+    from unimrg.teachers.oracle import oracle_depth
+
     values = decode_map(raw)
     return values if values.dtype == np.uint8 else oracle_depth(values)
 
