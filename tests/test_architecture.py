@@ -41,7 +41,7 @@ LAYERS = (
         "weights",
         "zero",
     },
-    {"loop", "benchmarks", "report"},
+    {"loop", "benchmarks", "report", "teachers.fit"},
     {"compose", "usage"},
     {"train", "label", "evaluate", "generate", "export"},
 )
@@ -121,10 +121,11 @@ def target(name: str) -> str | None:
 
 def layer(module: str) -> int | None:
     """The place of a module of unimrg in `LAYERS`; the package itself is at the top, None is unknown."""
-    parts = module.split(".")
-    if len(parts) == 1:
+    parts = module.split(".")[1:]
+    if not parts:
         return 0
-    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
+    longest_first = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((i for name in longest_first for i, names in enumerate(LAYERS) if name in names), None)
 
 
 def ours(module: str) -> list[tuple[Import, str]]:
