@@ -27,7 +27,8 @@ from unimrg.data.decode import decode_image, decode_map, decode_masks
 from unimrg.data.geometry import render_sample
 from unimrg.data.label_store import CODES, LABELS
 from unimrg.data.manifest import pair_name
-from unimrg.errors import SampleError, StorageError
+from unimrg.data.pictures import Pictures
+from unimrg.errors import SampleError
 from unimrg.sample import IMAGE_TASKS, PICTURES, Labels, Record, Sample, Task, load_conversations
 from unimrg.storage import Store
 from unimrg.teachers import Teacher
@@ -116,6 +117,7 @@ class Fetch:
 
     def __init__(self, sources: Sources | Sequence[Sources], limits: DataConfig, keep: bool = False) -> None:
         self.sources = [sources] if isinstance(sources, Sources) else list(sources)
+        self.pictures = [Pictures(one.images) for one in self.sources]
         self.limits = limits
         self.keep = keep
 
@@ -128,15 +130,15 @@ class Fetch:
         fetched = {name: row.get(name) for name in CARRIED}
         if fetched["error"]:
             return fetched
-        return _guarded(fetched, lambda: self._fetch(row, self.sources[row.get("source") or 0]))
+        return _guarded(fetched, lambda: self._fetch(row, row.get("source") or 0))
 
-    def _fetch(self, row: Row, sources: Sources) -> Row:
+    def _fetch(self, row: Row, source: int) -> Row:
         if row["image"] is None:
             return {}
-        raw = read_picture(sources.images, row, self.limits)
+        raw = self.pictures[source].read(row["image"], row.get("place"), self.limits.max_bytes)
         image = decode_picture(raw, self.limits)
         height, width = image.shape[:2]
-        maps = {name: self._map(name, row, (height, width), sources) for name in MAPS}
+        maps = {name: self._map(name, row, (height, width), source) for name in MAPS}
         return {
             "height": height,
             "width": width,
@@ -145,10 +147,10 @@ class Fetch:
             **{name: None if values is None else values.tobytes() for name, values in maps.items()},
         }
 
-    def _map(self, name: str, row: Row, shape: tuple[int, int], sources: Sources) -> np.ndarray | None:
-        teacher = getattr(sources, name)
+    def _map(self, name: str, row: Row, shape: tuple[int, int], source: int) -> np.ndarray | None:
+        teacher = getattr(self.sources[source], name)
         if teacher == "stored":
-            return _fit(_decode_grey(self._stored(name, row["image"], sources)), shape)
+            return _fit(_decode_grey(self._stored(name, row["image"], source)), shape)
         if teacher != "oracle":
             return None
         column = "depth" if name == "depth" else "masks"
@@ -157,18 +159,19 @@ class Fetch:
         # Not at the top: it needs torch, whose import is most of what starting a reader takes.
         from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
 
-        raw = read_file(sources.images, row[column], self.limits.max_bytes)
+        raw = self.pictures[source].read(row[column], None, self.limits.max_bytes)
         if name == "depth":
             return oracle_depth(_fit(decode_map(raw), shape))
         return oracle_segmentation(_fit(decode_masks(raw), shape))
 
-    def _stored(self, name: str, image: str, sources: Sources) -> bytes:
+    def _stored(self, name: str, image: str, source: int) -> bytes:
         """The map file, under our name or one of the published scripts'."""
-        assert sources.stored is not None
-        folder = sources.stored.child(name)
+        stored = self.sources[source].stored
+        assert stored is not None
+        folder = Pictures(stored.child(name))
         for path in (stored_name(image), *_published_names(pair_name(image))):
             try:
-                return read_file(folder, path, self.limits.max_bytes)
+                return folder.read(path, None, self.limits.max_bytes)
             except SampleError as error:
                 if error.reason != "missing-file":
                     raise
@@ -232,7 +235,7 @@ class Unpack:
     """
 
     def __init__(self, images: Sequence[Store], limits: DataConfig, maps: Sequence[str] = MAPS) -> None:
-        self.images = list(images)
+        self.pictures = [Pictures(store) for store in images]
         self.limits = limits
         self.maps = tuple(maps)
 
@@ -251,7 +254,7 @@ class Unpack:
     def _unpack(self, row: Row) -> Row:
         raw = row["encoded"]
         if raw is None:
-            raw = read_picture(self.images[row["source"]], row, self.limits)
+            raw = self.pictures[row["source"]].read(row["image"], row["place"], self.limits.max_bytes)
         image = decode_picture(raw, self.limits)
         if image.shape[:2] != (row["height"], row["width"]):
             found = (
@@ -380,33 +383,9 @@ class Prepare:
         return kept | coded | {"side": row["side"], "valid": row["valid"]}
 
 
-def read_picture(images: Store, row: Row, limits: DataConfig) -> bytes:
-    """The file of a row's picture. Raises SampleError for what concerns it alone, else StorageError."""
-    return read_file(images, row["image"], limits.max_bytes)
-
-
 def decode_picture(raw: bytes, limits: DataConfig) -> np.ndarray:
     """uint8 [H, W, 3] within the limits. Raises SampleError."""
     return decode_image(raw, limits.max_bytes, limits.max_pixels, limits.max_side)
-
-
-def read_file(store: Store, path: str, limit: int) -> bytes:
-    """A file of a data set, at most `limit` bytes.
-
-    Raises SampleError for what concerns the file alone; StorageError where every other file would fail too.
-    """
-    path = pair_name(path)
-    try:
-        raw = store.read_bytes(path, limit + 1)
-    except FileNotFoundError:
-        raise SampleError("missing-file", path) from None
-    except StorageError as error:
-        if error.kind != "other":
-            raise
-        raise SampleError("unreadable-file", str(error)) from error
-    if len(raw) > limit:
-        raise SampleError("too-large", f"{path} has more than {limit} bytes")
-    return raw
 
 
 def stored_name(image: str) -> str:
