@@ -186,8 +186,9 @@ def coded(sample: Sample, model: Family) -> Sample:
 
 def frozen(model: Family, picture: np.ndarray) -> np.ndarray:
     """A picture's codes, by the model as a whole."""
-    codes: np.ndarray = model.frozen_codes(torch.from_numpy(picture)[None])[0].numpy()
-    return codes
+    codes = model.frozen_codes(torch.from_numpy(picture)[None].to(model.device_of_weights))[0].cpu()
+    found: np.ndarray = codes.numpy()
+    return found
 
 
 def decay(engine: str) -> dict[str, Any]:

@@ -5,8 +5,9 @@
 `packed` is one forward and backward pass over every task of every sample. `separate` does the same work as
 one pass a task, each with its own prefix (six conversations about one picture still share it);
 `separate_rows` also gives every conversation its own prefix, as one row a conversation would. All three give
-the same losses and gradients. Times are medians of interleaved repetitions, on the clock and as CPU time of
-all threads (which busy cores disturb less); a ratio is the median of the repetitions' own ratios.
+the same losses and gradients. `from_codes` is `packed` with the pictures' frozen codes in place of their
+pixels, as a label store holds them. Times are medians of interleaved repetitions, on the clock and as CPU
+time of all threads (which busy cores disturb less); a ratio is the median of the repetitions' own ratios.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from tests.engine_runs import coded
 from tests.tiny_harmon import random_sample
 from unimrg.config import FAMILIES, FamilyConfig, TrainConfig
 from unimrg.families import load_family
@@ -53,8 +55,9 @@ def build(name: str, variant: str) -> tuple[Family, Any, int]:
 def passes(name: str, model: Family, tokenizer: Any, samples: Sequence[Sample]) -> Ways:
     """The batches of each way to do the step."""
 
-    def batch(given: Sequence[Sample], *tasks: Task) -> Batch:
-        made: Batch = load_family(name).processor(model, tokenizer, TrainConfig(), tasks, 0)(given)
+    def batch(given: Sequence[Sample], *tasks: Task, codes: bool = False) -> Batch:
+        processor = load_family(name).processor(model, tokenizer, TrainConfig(), tasks, 0, from_codes=codes)
+        made: Batch = processor(given)
         return made.to(model.device)
 
     rows = [replace(s, conversations=(c,)) for s in samples for c in s.conversations]
@@ -63,6 +66,7 @@ def passes(name: str, model: Family, tokenizer: Any, samples: Sequence[Sample]) 
         "packed": [batch(samples, *Task)],
         "separate": [batch(samples, Task.UNDERSTANDING), *drawings],
         "separate_rows": [batch(rows, Task.UNDERSTANDING), *drawings],
+        "from_codes": [batch([coded(sample, model) for sample in samples], *Task, codes=True)],
     }
 
 
