@@ -122,7 +122,10 @@ class _Worker:
             model.freeze(self.config.family.freeze, tasks)
             adapt(model, self.config.family.lora, tasks, self.config.seed)
         model.train()
-        self.processor = family.processor(model, tokenizer, self.config.train, tasks, self.config.seed)
+        coded = self.stored is not None and self.stored[0].codes is not None
+        self.processor = family.processor(
+            model, tokenizer, self.config.train, tasks, self.config.seed, from_codes=coded
+        )
         engine = make_engine(model, self.config.train, self.config.engine, device)
         torch.manual_seed(self.config.seed + 7919 * self.rank)  # of dropout; a checkpoint brings its own
         with _together():
