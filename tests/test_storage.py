@@ -268,7 +268,7 @@ def test_tls_on_a_plain_port(s3_server: S3Server) -> None:
 
 def test_silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unimrg.storage.REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr("unimrg.storage.ATTEMPTS", 1)
+    monkeypatch.setattr("unimrg.retries.ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
         store = Store.at("s3://bucket/x", S3Config(endpoint, "", "a", "b"))
@@ -303,6 +303,7 @@ class _LosesWrites(BaseHTTPRequestHandler):
     def _answer(self, status: int, length: int = 0) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
+        self.send_header("Last-Modified", self.date_time_string())
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -323,8 +324,9 @@ def lossy(tmp_path: Path) -> Iterator[Store]:
         thread.join()
 
 
-def test_lost_bytes_are_noticed(lossy: Store, tmp_path: Path) -> None:
+def test_lost_bytes_are_noticed(lossy: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pyarrow.fs.copy_files` would call both of these a success."""
+    monkeypatch.setattr("unimrg.retries.WAIT_SECONDS", 0.01)
     with pytest.raises(StorageError, match="holds 50 of 100 bytes; the store lost data"):
         lossy.write_bytes("note", b"x" * 100)
     (tmp_path / "out").mkdir()
@@ -358,7 +360,7 @@ def test_a_failing_source_leaves_no_half_object(store: Store, size: int) -> None
         raise OSError(5, "Input/output error")
 
     with pytest.raises(StorageError, match=r"can't write .*/x"):
-        store._put("x", source(), 2 * size)
+        store._put("x", source, 2 * size)
     assert not store.exists("x")
 
 

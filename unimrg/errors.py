@@ -26,7 +26,19 @@ class ConfigError(UnimrgError):
 
 
 class StorageError(UnimrgError):
-    """Object storage or a folder that can't be reached, read or written."""
+    """Object storage or a folder that can't be reached, read or written.
+
+    `kind` says what may help: "transient" (waiting; it was already tried several times), "denied" (other keys
+    or rights), "no-bucket" (another name), or "other".
+    """
+
+    KINDS = ("transient", "denied", "no-bucket", "other")
+
+    def __init__(self, message: str, kind: str = "other") -> None:
+        if kind not in self.KINDS:
+            raise ValueError(f"unknown kind of storage error {kind!r}")
+        super().__init__(message)
+        self.kind = kind
 
 
 class DataError(UnimrgError):

@@ -8,34 +8,53 @@ Every failure is a `StorageError` of one sentence (what, where, how to mend), ex
 not there: that is a `FileNotFoundError`, since callers treat it as data. `pyarrow.fs.copy_files` and
 `delete_dir` are never used: the first reports success for uploads the server refused, the second fails on
 many S3-compatible stores.
+
+Every call to S3 is repeated while its failure may be gone a moment later, which `take_retries` counts (see
+`unimrg/retries.py`); Google's library repeats by itself, uncounted. An answer of the wrong length is noticed.
+Wrong bytes of the right length are not: who reads must check (Parquet's checksums, the decoding of pictures).
+Nor is a server that confirms to have replaced an object by one of the same size and didn't.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import posixpath
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unimrg.errors import StorageError
+from unimrg.retries import RETRY_REASONS as RETRY_REASONS
+from unimrg.retries import CutShort, count_retry, retry_reason, retrying
+from unimrg.retries import take_retries as take_retries
 
-# Seconds. A request is given up when not one byte moved for REQUEST_SECONDS; the SDK tries ATTEMPTS times.
+T = TypeVar("T")
+
+# Seconds. A request is given up when not one byte moved for REQUEST_SECONDS.
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 15.0
-ATTEMPTS = 3
+# A bucket that was there is looked for again after BUCKET_SECONDS, when something in it is missing.
+BUCKET_SECONDS = 60.0
+# Calls of many requests, which would hardly ever get through as a whole, have each request tried so often by
+# the SDK, uncounted, before the call itself is repeated.
+SDK_ATTEMPTS = 4
+# From here on pyarrow writes an object as several requests.
+MULTIPART_BYTES = 10 << 20
 CHUNK_BYTES = 8 << 20
 THREADS = 8
 
@@ -94,6 +113,29 @@ class Entry:
         return self.size is None
 
 
+class _Connection:
+    """What a store and its children share: the file systems, and what is known of the server.
+
+    answered: it ever did. bucket_seen: when the bucket was, in seconds since 1970. Pickles without the file
+    systems.
+    """
+
+    def __init__(self, scheme: str, bucket: str, s3: S3Config) -> None:
+        self._scheme, self._bucket, self._s3 = scheme, bucket, s3
+        self._filesystems: dict[int, pafs.FileSystem] = {}
+        self.answered = False
+        self.bucket_seen = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_filesystems": {}}
+
+    def filesystem(self, attempts: int = 1) -> pafs.FileSystem:
+        """attempts: how often S3's SDK tries each request; by default retrying is left to the caller."""
+        if attempts not in self._filesystems:
+            self._filesystems[attempts] = _connect(self._scheme, self._bucket, self._s3, attempts)
+        return self._filesystems[attempts]
+
+
 class Store:
     """A folder in object storage or on disk. Connects on first use and pickles without its connection.
 
@@ -104,8 +146,7 @@ class Store:
         self._scheme = scheme
         self.root = root
         self._s3 = s3
-        self._filesystem: pafs.FileSystem | None = None
-        self._bucket_seen = False
+        self._connection = _Connection(scheme, root.split("/", 1)[0], s3)
 
     @classmethod
     def at(cls, url: str, s3: S3Config = S3Config()) -> Store:
@@ -143,9 +184,6 @@ class Store:
     def __hash__(self) -> int:
         return hash(self.url)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_filesystem": None}
-
     @property
     def is_local(self) -> bool:
         return self._scheme == "file"
@@ -156,24 +194,28 @@ class Store:
         return self.root if self.is_local else f"{self._scheme}://{self.root}"
 
     def filesystem(self) -> pafs.FileSystem:
-        """The pyarrow file system; `root` is this store's path inside it."""
-        if self._filesystem is None:
-            self._filesystem = _connect(self._scheme, self.root, self._s3)
-        return self._filesystem
+        """The pyarrow file system for other libraries; `root` is this store's path inside it.
+
+        What they do through it is repeated by the SDK only, and not counted.
+        """
+        return self._connection.filesystem(SDK_ATTEMPTS)
 
     def child(self, path: str) -> Store:
         """The store of a folder inside this one; shares the connection."""
         store = Store(self._scheme, self._key(path), self._s3)
-        store._filesystem, store._bucket_seen = self._filesystem, self._bucket_seen
+        store._connection = self._connection
         return store
 
     # Reading
 
     def stat(self, path: str = "") -> Entry | None:
         """What lies at `path`, or None. Raises StorageError when the store or its bucket can't be reached."""
-        key = self._key(path)
-        with self._explain("look at", path):
-            info = self.filesystem().get_file_info(key)
+        look = partial(self._call, "look at", path, partial(self._look, self._key(path)))
+        info = look()
+        # pyarrow takes a page of HTML for a folder or for nothing, as it comes; so that has to be said twice.
+        if not self.is_local and info.type != pafs.FileType.File and look().type != info.type:
+            count_retry("truncated")
+            info = look()
         if info.type == pafs.FileType.NotFound:
             self._check_bucket()
             return None
@@ -189,14 +231,31 @@ class Store:
         return None if found is None else found.size
 
     def open_input(self, path: str) -> pa.NativeFile:
-        """A readable, seekable file. Raises FileNotFoundError or StorageError; later reads raise OSError."""
-        with self._explain("read", path):
-            return self.filesystem().open_input_file(self._key(path))
+        """A readable, seekable file. Raises FileNotFoundError or StorageError.
+
+        Later reads of a stored object repeat what is transient and raise the same; those of a local file
+        raise OSError.
+        """
+        if self.is_local:
+            with self._explain("read", path):
+                return self._connection.filesystem().open_input_file(self._key(path))
+        return pa.PythonFile(_Reader(self, path), mode="r")
 
     def read_bytes(self, path: str, limit: int | None = None) -> bytes:
         """The object, or its first `limit` bytes. Raises FileNotFoundError or StorageError."""
-        with self._explain("read", path), self.filesystem().open_input_file(self._key(path)) as source:
-            return source.read() if limit is None else source.read(limit)
+        return self.read_range(path, 0, limit)
+
+    def read_range(self, path: str, offset: int, length: int | None = None) -> bytes:
+        """`length` bytes of the object from `offset` on; fewer, or none, where it ends; None: to the end.
+
+        Raises FileNotFoundError or StorageError. Each call asks for the object's size first: for many ranges
+        of one object, `open_input` and `seek` take half the requests.
+        """
+        if self.is_local:
+            with self._explain("read", path), self.open_input(path) as source:
+                source.seek(min(offset, source.size()))
+                return source.read(length)
+        return self._call("read", path, partial(_OpenObject(self._open(path)).read, offset, length))
 
     def list(self, path: str = "", recursive: bool = False) -> list[Entry]:
         """What lies in the folder, sorted by path; recursive: all objects below it, without the folders.
@@ -205,8 +264,10 @@ class Store:
         """
         key = self._key(path)
         selector = pafs.FileSelector(key, recursive=recursive, allow_not_found=True)
-        with self._explain("list", path):
-            infos = self.filesystem().get_file_info(selector)
+        # A long listing is many requests, so its second try has each of them repeated by the SDK.
+        attempts = chain([1], repeat(SDK_ATTEMPTS))
+        filesystem = self._connection.filesystem
+        infos = self._call("list", path, lambda: _listed(filesystem(next(attempts)), selector))
         if not infos:
             self._check_bucket()
         entries = [_entry(info, posixpath.relpath(info.path, self.root)) for info in infos]
@@ -224,7 +285,12 @@ class Store:
         base = "/".join(_parts(path)) if found.is_folder else posixpath.dirname(found.path)
         root = Path(local_folder)
         targets = [root.joinpath(*_parts(posixpath.relpath(entry.path, base or "."))) for entry in entries]
-        _run_all([partial(self._fetch, e, target) for e, target in zip(entries, targets, strict=True)])
+        try:
+            _run_all([partial(self._fetch, e, target) for e, target in zip(entries, targets, strict=True)])
+        except FileNotFoundError as error:
+            if not found.is_folder:
+                raise
+            raise StorageError(f"{error} any more: it was deleted while its folder was copied") from error
 
     # Writing
 
@@ -234,7 +300,7 @@ class Store:
         Local: temporary file and rename. S3: one PUT, or one multipart upload for large data. The
         size is read back. Raises StorageError.
         """
-        self._put(path, [data], len(data))
+        self._put(path, lambda: [data], len(data))
 
     def upload(self, local_folder: str | os.PathLike[str], path: str) -> None:
         """Copy every file below `local_folder` to `path`; each one's size is read back.
@@ -257,7 +323,7 @@ class Store:
         if found is None:
             return
         entries = self.list(path, recursive=True) if found.is_folder else [found]
-        _run_all([partial(self._remove, entry.path) for entry in entries])
+        self._call("delete", path, partial(self._remove_all, found, entries))
         if not found.is_folder:
             return
         if self.is_local:  # only empty folders are left
@@ -303,40 +369,84 @@ class Store:
                 raise StorageError(f"can't write {self._where(path)}: {error}") from error
             raise FileNotFoundError(f"{self._where(path)} does not exist") from error
         except (OSError, ValueError, pa.ArrowException) as error:
+            if "AWS Error NO_SUCH_KEY" in str(error):  # deleted after it was opened
+                self._check_bucket()
+                raise FileNotFoundError(f"{self._where(path)} does not exist") from error
             endpoint = "" if self._scheme != "s3" else _endpoint(self._s3)
-            raise StorageError(explain(verb, self._where(path), endpoint, error)) from error
+            raise explained(verb, self._where(path), endpoint, error) from error
+
+    def _call(self, verb: str, path: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, repeated while its failures are transient; raises as `_explain` does."""
+        with self._explain(verb, path):
+            result = retrying(attempt, self._connection.answered)
+        self._connection.answered = True
+        return result
 
     def _check_bucket(self) -> None:
-        """A missing bucket looks like a missing object to pyarrow; tell them apart, asking once per store."""
-        if self.is_local or self._bucket_seen:
+        """A missing bucket looks like a missing object to pyarrow; tell them apart, not asking each time."""
+        link = self._connection
+        if self.is_local or time.time() - link.bucket_seen < BUCKET_SECONDS:
             return
         bucket = self.root.split("/", 1)[0]
+        at = _endpoint(self._s3) if self._scheme == "s3" else ""
         try:
-            missing = self.filesystem().get_file_info(bucket).type == pafs.FileType.NotFound
-        except OSError:  # some roles may read objects but not look at the bucket
-            missing = False
-        if missing:
-            at = f" at {_endpoint(self._s3)}" if self._scheme == "s3" and _endpoint(self._s3) else ""
-            raise StorageError(_no_bucket(self._scheme, bucket, at))
-        self._bucket_seen = True
+            info = retrying(lambda: link.filesystem().get_file_info(bucket), link.answered)
+        except OSError as error:
+            if retry_reason(error):
+                raise explained("look at", f"{self._scheme}://{bucket}", at, error) from error
+        else:  # some roles may read objects but not look at the bucket
+            if info.type == pafs.FileType.NotFound:
+                raise _no_bucket(self._scheme, bucket, at)
+        link.answered, link.bucket_seen = True, time.time()
 
-    def _put(self, path: str, pieces: Iterable[bytes], size: int) -> None:
-        """Write one object of `size` bytes and check that it arrived."""
+    def _look(self, key: str) -> pafs.FileInfo:
+        """One attempt to learn what is at a key."""
+        info = self._connection.filesystem().get_file_info(key)
+        if self._scheme == "s3" and info.type == pafs.FileType.File and not info.mtime_ns:
+            raise CutShort(NOT_S3)
+        return info
+
+    def _open(self, path: str) -> Callable[[], pa.NativeFile]:
+        """Opens a stored object, in one attempt."""
         key = self._key(path)
-        with self._explain("write", path):
-            if self.is_local:
-                _write_local(Path(key), pieces)
-            else:
-                self._write_object(key, pieces)
-            arrived = self.filesystem().get_file_info(key).size
-        if arrived != size:
-            raise StorageError(f"{self._where(path)} holds {arrived} of {size} bytes; the store lost data")
 
-    def _write_object(self, key: str, pieces: Iterable[bytes]) -> None:
+        def opened() -> pa.NativeFile:
+            file = self._connection.filesystem().open_input_file(key)
+            if self._scheme == "s3" and "Last-Modified" not in file.metadata():
+                raise CutShort(NOT_S3)
+            return file
+
+        return opened
+
+    def _put(self, path: str, pieces: Callable[[], Iterable[bytes]], size: int) -> None:
+        """Write one object of `size` bytes and check that it arrived. pieces: the content, from its start."""
+        key = self._key(path)
+        if self.is_local:
+            with self._explain("write", path):
+                _write_local(Path(key), pieces())
+            return
+        written = False
+
+        def attempt() -> None:
+            nonlocal written
+            if not written:
+                self._write_object(key, pieces(), SDK_ATTEMPTS if size >= MULTIPART_BYTES else 1)
+            written = True
+            try:
+                arrived = self._open(path)().size()
+            except FileNotFoundError:
+                arrived = None
+            if arrived != size:
+                written = False
+                raise CutShort(f"it holds {arrived or 'none'} of {size} bytes; the store lost data")
+
+        self._call("write", path, attempt)
+
+    def _write_object(self, key: str, pieces: Iterable[bytes], attempts: int) -> None:
         source = iter(pieces)
         torn = False
         try:
-            with self.filesystem().open_output_stream(key) as sink:
+            with self._connection.filesystem(attempts).open_output_stream(key) as sink:
                 while True:
                     try:
                         piece = next(source, None)
@@ -355,20 +465,38 @@ class Store:
             raise
 
     def _send(self, file: Path, path: str) -> None:
+        def pieces() -> Iterator[bytes]:
+            source.seek(0)
+            return _pieces(source)
+
         with self._explain("write", path), open(file, "rb") as source:
-            self._put(path, _pieces(source), os.fstat(source.fileno()).st_size)
+            self._put(path, pieces, os.fstat(source.fileno()).st_size)
 
     def _fetch(self, entry: Entry, target: Path) -> None:
-        key = self._key(entry.path)
-        with self._explain("read", entry.path), self.filesystem().open_input_file(key) as source:
+        with self._explain("read", entry.path), self.open_input(entry.path) as source:
             _write_local(target, _pieces(source))
-        if target.stat().st_size != entry.size:
-            raise StorageError(f"{self._where(entry.path)} was cut short while reading; try again")
+        size = target.stat().st_size
+        if size != entry.size:
+            raise StorageError(
+                f"{self._where(entry.path)} has {size} bytes but was listed with {entry.size}; "
+                "it changed while it was copied, try again"
+            )
+
+    def _remove_all(self, found: Entry, entries: Sequence[Entry]) -> None:
+        """One attempt to delete these objects; an answer that says so is not enough, they must be gone."""
+        _run_all([partial(self._remove, entry.path) for entry in entries])
+        if self.is_local:
+            return
+        there = self.list(found.path, recursive=True) if found.is_folder else [self.stat(found.path)]
+        left = {entry.path for entry in entries} & {entry.path for entry in there if entry}
+        if left:
+            raise CutShort(f"{len(left)} of {len(entries)} deleted objects are still there")
 
     def _remove(self, path: str) -> None:
         try:
-            with contextlib.suppress(FileNotFoundError), self._explain("delete", path):
-                self.filesystem().delete_file(self._key(path))
+            with contextlib.suppress(FileNotFoundError):
+                delete = partial(self._connection.filesystem().delete_file, self._key(path))
+                self._call("delete", path, delete)
         except StorageError:
             # After a delete pyarrow writes a marker for the folder, which another delete may just have
             # removed: then the object is gone all the same.
@@ -380,14 +508,102 @@ class Store:
 
         Deepest first: `delete_dir` of a folder without children is a plain DELETE, which every store can do.
         """
+        selector = pafs.FileSelector(key, recursive=True, allow_not_found=True)
+        filesystem = self._connection.filesystem()
         with contextlib.suppress(OSError):  # a marker that stays is ugly, not wrong
-            below = self.filesystem().get_file_info(
-                pafs.FileSelector(key, recursive=True, allow_not_found=True)
-            )
+            below = retrying(partial(filesystem.get_file_info, selector))
             if all(info.type == pafs.FileType.Directory for info in below):
                 for folder in sorted((info.path for info in below), key=len, reverse=True):
-                    self.filesystem().delete_dir(folder)
-                self.filesystem().delete_dir(key)
+                    retrying(partial(filesystem.delete_dir, folder))
+                retrying(partial(filesystem.delete_dir, key))
+
+
+NOT_S3 = "the answer has no date, so it is not S3's; is something between here and the store?"
+
+
+class _OpenObject:
+    """A stored object that is opened with the first read, and anew after an answer of the wrong length."""
+
+    def __init__(self, open_file: Callable[[], pa.NativeFile]) -> None:
+        self._open = open_file
+        self._file: pa.NativeFile | None = None
+
+    def read(self, offset: int, length: int | None = None) -> bytes:
+        """One attempt to read `length` bytes (None: all) from `offset` on; fewer where the object ends."""
+        if self._file is None:
+            self._file = self._open()
+        try:
+            rest = max(0, self._file.size() - offset)
+            buffer = bytearray(rest if length is None else min(rest, length))
+            _fill(self._file, offset, buffer)
+        except OSError as error:
+            if retry_reason(error) == "truncated":
+                self._file = None
+            raise
+        return bytes(buffer)
+
+    def size(self) -> int:
+        if self._file is None:
+            self._file = self._open()
+        return int(self._file.size())
+
+
+def _fill(file: pa.NativeFile, offset: int, buffer: bytearray) -> None:
+    """Read exactly as many bytes as `buffer` holds. Raises CutShort when fewer come.
+
+    pyarrow (26.0) takes every answer to a GET for a full one and leaves the rest of the buffer as it was. So
+    its last byte is set beforehand: if it is still the same, the read is repeated with another one.
+    """
+    if not buffer:
+        return
+    for mark in (0xA7, 0x58):
+        buffer[-1] = mark
+        file.seek(offset)
+        if file.readinto(buffer) == len(buffer) and buffer[-1] != mark:
+            return
+    raise CutShort(f"fewer than the {len(buffer)} bytes that were asked for came")
+
+
+class _Reader(io.RawIOBase):
+    """A stored object as a file whose reads are repeated while failures are transient."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        super().__init__()
+        self._store, self._path = store, path
+        self._object = _OpenObject(store._open(path))
+        self._size = store._call("read", path, self._object.size)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self._size - self._at)
+        length = rest if size is None or size < 0 else min(rest, size)
+        found = self._store._call("read", self._path, partial(self._object.read, self._at, length))
+        if len(found) != length:
+            where = self._store._where(self._path)
+            raise StorageError(f"{where} became shorter while it was read; try again")
+        self._at += length
+        return found
+
+
+def _listed(filesystem: pafs.FileSystem, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+    """One attempt to list a folder; pyarrow takes a page of HTML for none, so that has to be said twice."""
+    infos = filesystem.get_file_info(selector)
+    if not infos and filesystem.get_file_info(selector):
+        raise CutShort("the store says now that the folder is empty, now that it isn't")
+    return infos
 
 
 DENIED = re.compile(
@@ -397,28 +613,44 @@ DENIED = re.compile(
 )
 
 
-def explain(verb: str, where: str, endpoint: str, error: Exception) -> str:
-    """One sentence about a failed call: what, where, how to mend. `verb`: "read", "write", …"""
+# How S3 answers HEAD, and pyarrow reads a refused GET: without the code that says why.
+UNEXPLAINED = re.compile(r"UNKNOWN [(]HTTP status 400[)] during \w+ operation:( No response body\.)?$")
+
+
+def explained(verb: str, where: str, endpoint: str, error: Exception) -> StorageError:
+    """A failed call in one sentence: what, where, how to mend. `verb`: "read", "write", …"""
     text = " ".join(str(error).split())
-    at = f" at {endpoint}" if endpoint else ""
     if "NO_SUCH_BUCKET" in text:
-        return _no_bucket(where.split("://")[0], where.split("://")[-1].split("/")[0], at)
-    if DENIED.search(text):
+        return _no_bucket(where.split("://")[0], where.split("://")[-1].split("/")[0], endpoint)
+    at = f" at {endpoint}" if endpoint else ""
+    if DENIED.search(text) or UNEXPLAINED.search(text):
         aws = "S3Config, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role"
         google = "GOOGLE_APPLICATION_CREDENTIALS or the machine's service account"
         places = google if where.startswith("gs://") else aws
-        return f"access denied: can't {verb} {where}{at}; check the keys in {places}, and what they may do"
+        why = "access denied"
+        if "ExpiredToken" in text:
+            why += " (the session token has expired)"
+        elif UNEXPLAINED.search(text):
+            why += " (HTTP 400 without a reason: an expired session token, or the wrong region)"
+        message = f"{why}: can't {verb} {where}{at}; check the keys in {places}, and what they may do"
+        return StorageError(message, "denied")
+    message = f"can't {verb} {where}{_mend(text, at, error)}"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return StorageError(message + notes, "transient" if retry_reason(error) else "other")
+
+
+def _mend(text: str, at: str, error: Exception) -> str:
+    """The rest of the sentence: why, and what to do."""
     if "NETWORK_CONNECTION" in text:
-        why = _network(text) + (at or " at AWS")
-        return f"can't {verb} {where}: {why}; check the endpoint and that it is up"
+        return f": {_network(text)}{at or ' at AWS'}; check the endpoint and that it is up"
     if re.search(r"PERMANENT_REDIRECT|HTTP status 301|AuthorizationHeaderMalformed", text):
-        return f"can't {verb} {where}: the bucket is in another region; set the region"
+        return ": the bucket is in another region; set the region"
     if isinstance(error, PermissionError):
-        return f"can't {verb} {where}: the file permissions forbid it"
+        return ": the file permissions forbid it"
     if isinstance(error, NotADirectoryError | FileExistsError):
-        return f"can't {verb} {where}: a file stands where a folder is needed"
+        return ": a file stands where a folder is needed"
     reason = (error.strerror if isinstance(error, OSError) and error.strerror else None) or text
-    return f"can't {verb} {where}{at}: {re.sub(r' *[(]Request ID: [^)]*[)]', '', reason)[:300]}"
+    return f"{at}: {re.sub(r' *[(]Request ID: [^)]*[)]', '', reason)[:300]}"
 
 
 def _network(text: str) -> str:
@@ -426,15 +658,19 @@ def _network(text: str) -> str:
     words = {
         "6": "no such host",
         "7": "connection refused",
+        "18": "answers are cut short",
         "28": "no answer in time",
         "35": "TLS does not work (is it http:// instead of https://?)",
+        "56": "connection lost",
         "60": "the TLS certificate is not trusted (AWS_CA_BUNDLE names your own authority)",
     }
     return words.get(found.group(1) if found else "", "no connection")
 
 
-def _no_bucket(scheme: str, bucket: str, at: str) -> str:
-    return f"there is no bucket {scheme}://{bucket}{at}; check the name, or create it"
+def _no_bucket(scheme: str, bucket: str, endpoint: str) -> StorageError:
+    at = f" at {endpoint}" if endpoint else ""
+    message = f"there is no bucket {scheme}://{bucket}{at}; check the name, or create it"
+    return StorageError(message, "no-bucket")
 
 
 def _parts(path: str) -> list[str]:
@@ -454,14 +690,14 @@ def _endpoint(s3: S3Config) -> str:
     return s3.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3", "") or os.environ.get("AWS_ENDPOINT_URL", "")
 
 
-def _connect(scheme: str, root: str, s3: S3Config) -> pafs.FileSystem:
+def _connect(scheme: str, bucket: str, s3: S3Config, attempts: int) -> pafs.FileSystem:
     """A pyarrow file system with bounded waits. Raises StorageError for settings that can't be used."""
     if scheme == "file":
         return pafs.LocalFileSystem()
     if scheme == "gs":
-        return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=ATTEMPTS * REQUEST_SECONDS))
+        return pafs.GcsFileSystem(retry_time_limit=timedelta(seconds=SDK_ATTEMPTS * REQUEST_SECONDS))
     if bool(s3.access_key) != bool(s3.secret_key):
-        raise StorageError(f"s3://{root}: access_key and secret_key go together; set both or none")
+        raise StorageError(f"s3://{bucket}: access_key and secret_key go together; set both or none")
     endpoint = _endpoint(s3)
     options: dict[str, Any] = {}
     if endpoint:
@@ -474,10 +710,10 @@ def _connect(scheme: str, root: str, s3: S3Config) -> pafs.FileSystem:
     if s3.access_key:
         options |= {"access_key": s3.access_key, "secret_key": s3.secret_key}
     return pafs.S3FileSystem(
-        region=_region(s3, endpoint, root.split("/", 1)[0]),
+        region=_region(s3, endpoint, bucket),
         connect_timeout=CONNECT_SECONDS,
         request_timeout=REQUEST_SECONDS,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # small objects become one PUT instead of a multipart upload
         **options,
     )
