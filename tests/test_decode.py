@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unimrg.data import decode as module
 from unimrg.data.decode import decode_image, decode_map, decode_masks
 from unimrg.data.geometry import depth_target, pad_square, render_sample, segmentation_target
 from unimrg.errors import ConfigError, SampleError
@@ -142,6 +145,64 @@ def test_long_side_is_limited(form: str) -> None:
     np.testing.assert_allclose(small[30, :, 0], np.linspace(0, 255, 100), atol=4)
     assert decode(encode(ramp, form), max_side=900).shape == (600, 900, 3)  # never enlarged
     assert decode(encode(ramp[:1], form), max_side=50).shape == (1, 50, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 1), (30_000, 20), (2, 30_000)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_sides_of_one_and_of_thirty_thousand(size: tuple[int, int], form: str) -> None:
+    image = decode(encode(Image.new("RGB", size, (10, 200, 90)), form), 4 << 20, max_side=300)
+    assert image.shape[:2] == tuple(max(1, round(n * min(1, 300 / max(size)))) for n in reversed(size))
+    assert np.abs(image.astype(int) - (10, 200, 90)).max() < 4
+    for geometry in ("pad", "squash", "published"):
+        sample = render_sample(Record("a", ((Turn("q", "a"),),), image), Labels(), 0, 32, geometry)
+        assert sample.image is not None and sample.image.shape == (32, 32, 3)
+
+
+def test_truncated_and_oversized_jpegs() -> None:
+    whole = encode(RNG.integers(0, 256, (64, 64, 3), np.uint8), "JPEG")
+    for cut in range(0, len(whole) - 2, 37):
+        with pytest.raises(SampleError) as caught:
+            decode(whole[:cut])
+        assert caught.value.reason in ("empty-file", "not-an-image", "corrupt-image")
+    start = whole.index(b"\xff\xc0")  # the frame header: height and width stand 5 bytes behind it
+    claims = whole[: start + 5] + struct.pack(">HH", 65_500, 65_500) + whole[start + 9 :]
+    with pytest.raises(SampleError, match="too-large"):
+        decode(claims)
+
+
+def test_what_is_converted_in_bands_has_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = RNG.integers(0, 256, (40, 60, 4), np.uint8)
+    for raw in (
+        encode(alpha),
+        encode(alpha[..., 0].astype(np.int32) * 200, "TIFF"),
+        encode(alpha[..., 0] / np.float32(256), "TIFF"),
+    ):
+        whole = decode(raw)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "BAND", 7 * 60 + 1)
+            np.testing.assert_array_equal(decode(raw), whole)
+
+
+def test_threads_take_turns_with_large_pictures() -> None:
+    """Never more at once than fits, and the largest goes alone."""
+    turns = module._Turns(10)
+    inside: list[int] = []
+    seen: list[int] = []
+
+    def work(size: int) -> None:
+        with turns(size):
+            inside.append(size)
+            seen.append(sum(inside))
+            time.sleep(0.002)
+            assert size < 10 or inside == [size]
+            inside.remove(size)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [3, 4, 99, 2, 5, 10, 1, 6] * 6))
+    assert max(n for n in seen if n < 99) <= 10 and turns.held == 0 and len(seen) == 48
+    with pytest.raises(SampleError):
+        decode(PNG[:100])
+    assert module._turns.held == 0
 
 
 def test_shrinking_does_not_alias() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from tests.fuzz import fuzz_apart
+from tests.fuzz import fuzz_apart, peak_bytes
 from tests.packed import arrow, parquet, samples, table, talk, tar
 from unimrg.data import manifest as manifest_module
 from unimrg.data import pictures as pictures_module
+from unimrg.data.decode import decode_image
 from unimrg.data.manifest import build_index
 from unimrg.data.pictures import Pictures
 from unimrg.data.readers import pages
@@ -28,6 +31,7 @@ from unimrg.errors import DataError, SampleError
 from unimrg.storage import Store
 
 LIMIT = 1 << 20
+SMALL = b"P6 2 2 255 " + bytes(12)
 POOLS: list[pa.MemoryPool] = []  # for good: what they gave out may be freed whenever
 TEXT = json.dumps(talk("q", "a"))
 NOISE = np.random.default_rng(0).bytes(300_000)
@@ -285,6 +289,42 @@ def test_a_header_of_a_tar_that_claims_gigabytes(tmp_path: Path) -> None:
     rows = built.rows(range(len(built))).to_pylist()
     assert [row["error"] for row in rows] == [None, "unreadable-file"]
     assert "belong together" in rows[1]["detail"]
+
+
+# Pictures
+
+
+def grown(raws: list[bytes]) -> list[int]:
+    """Peak memory of decoding each, in bytes; in a process that does nothing else."""
+    decode_image(SMALL, 1 << 30, 1 << 30, 512)  # what the library holds once
+    found = []
+    for raw in raws:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (proc_pid_clear_refs(5))
+        before = peak_bytes()
+        decode_image(raw, 1 << 30, 1 << 30, 512)
+        found.append(peak_bytes() - before)
+    return found
+
+
+def test_large_pictures_take_a_few_bytes_a_pixel() -> None:
+    """9 million pixels of zeros, in files of kilobytes."""
+    side = 3000
+    images = {
+        "RGB": (Image.new("RGB", (side, side)), "PNG", 9),
+        "RGBA": (Image.new("RGBA", (side, side), (1, 2, 3, 4)), "PNG", 13),
+        "16 bits": (Image.fromarray(np.zeros((side, side), np.uint16)), "PNG", 9),
+        "palette": (Image.new("P", (side, side)), "GIF", 10),
+        "CMYK": (Image.new("CMYK", (side, side)), "JPEG", 13),
+    }
+    raws = []
+    for image, form, _ in images.values():
+        out = io.BytesIO()
+        image.save(out, form)
+        raws.append(out.getvalue())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        costs = pool.apply(grown, (raws,))
+    for (name, (_, _, most)), cost in zip(images.items(), costs, strict=True):
+        assert 1 < cost / side**2 < most, f"{name}: {cost / side**2:.1f} bytes a pixel"
 
 
 # Fuzzing
