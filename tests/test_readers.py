@@ -331,8 +331,8 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(parquet(table(PICTURES[:3])))
     (tmp_path / "paths.parquet").write_bytes(parquet(table([None])))
     (tmp_path / "x.bin").write_bytes(b"0123456789")
-    pictures = Pictures(Store.at(str(tmp_path)))
-    assert pictures.read("n", "x.bin@2+3", LIMIT) == b"234"
+    pictures = Pictures(Store.at("elsewhere"))
+    assert pictures.read("n", f"{tmp_path}/x.bin@2+3", LIMIT) == b"234"
     for place, reason in (
         ("x.bin@8+3", "unreadable-file"),
         ("x.bin@99+3", "unreadable-file"),
@@ -340,22 +340,36 @@ def test_places_that_are_none(tmp_path: Path) -> None:
         ("", "unreadable-file"),
         ("none@0+1", "missing-file"),
         ("none#0", "missing-file"),
-        ("../x.bin@0+1", "path-outside-folder"),
-        ("/etc/passwd@0+1", "path-outside-folder"),
         ("x.bin@0+999999999", "too-large"),
         ("x.bin#0", "unreadable-file"),
         ("x.parquet#3", "unreadable-file"),
         ("paths.parquet#0", "missing-file"),
     ):
         with pytest.raises(SampleError) as caught:
-            pictures.read("n", place, LIMIT)
+            pictures.read("n", f"{tmp_path}/{place}", LIMIT)
         assert caught.value.reason == reason, place
+
+
+def test_an_entry_cant_name_a_place(tmp_path: Path) -> None:
+    """Places are of the readers alone: those of an entry would lead out of the images folder."""
+    entry = {"image": "a.jpg", "place": "/etc/passwd@0+9", "conversations": talk("q", "a")}
+    (tmp_path / "x.json").write_text(json.dumps([entry]))
+    (tmp_path / "x.parquet").write_bytes(parquet(pa.Table.from_pylist([entry])))
+    (tmp_path / "x.tar").write_bytes(tar([("0.jpg", b"x"), ("0.json", json.dumps(entry).encode())]))
+    assert [every(index(tmp_path, name))[0]["place"] for name in ("x.json", "x.parquet")] == [None, None]
+    assert every(index(tmp_path, "x.tar"))[0]["place"].startswith(f"{tmp_path}/x.tar@")
+
+
+def test_shards_need_not_lie_with_the_images(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    rows = every(index(tmp_path / "shards", write(tmp_path / "shards", "tars")))
+    check_rows(rows, Pictures(Store.at(str(tmp_path / "images"))))
 
 
 def test_a_failing_store_is_not_the_pictures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     store = Store.at("s3://bucket/x", S3Config("http://127.0.0.1:9", "", "key", "secret"))
-    for place in (None, "a.tar@0+1", "a.parquet#0"):
+    for place in (None, f"{store.url}/a.tar@0+1", f"{store.url}/a.parquet#0"):
         with pytest.raises(StorageError):
             Pictures(store).read("a.jpg", place, LIMIT)
 

@@ -42,7 +42,7 @@ LONGEST_ROW = 4 << 20  # characters of conversations about one picture; more bec
 LONGEST_TALK = 1 << 20  # characters of one conversation, more than any model's context
 MOST_UNPACKED = 200  # texts may be so many times as large as their files: packed, but no bomb
 SMALL = 64 << 20  # characters that are always fine
-FORMAT = 2  # goes into the index's name: a new layout never reads an old file
+FORMAT = 3  # goes into the index's name: a new layout never reads an old file
 
 SCHEMA = pa.schema(
     [

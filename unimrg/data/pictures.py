@@ -2,8 +2,8 @@
 
 A row of the index names a picture by `image` and `place`. Without a place it is the file `image`. Otherwise:
 
-    <file>@<offset>+<length>    a range of bytes of a file: a member of a tar, a value of an Arrow file
-    <file>#<row>                the picture in a row of a Parquet file
+    <URL>@<offset>+<length>    a range of bytes of a file: a member of a tar, a value of an Arrow file
+    <URL>#<row>                the picture in a row of a Parquet file
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ OPEN_FILES = 16
 RANGE = re.compile(r"(.+)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
 ROW = re.compile(r"(.+)#(\d{1,18})", re.DOTALL)
 
-Group = tuple[str, int]  # file, row group
+Group = tuple[str, int]  # URL, row group
 
 
 class Pictures:
-    """Reads pictures of a store. For several threads at once; pickles without what it holds.
+    """Reads pictures. For several threads at once; pickles without what it holds.
 
-    Rows of a Parquet file come a row group at a time, and the last groups are kept: neighbouring rows cost
-    one read, rows in any order one read each. Row groups of a hundred pictures suit both.
+    store: where the pictures without a place lie. Rows of a Parquet file come a row group at a time, and the
+    last groups are kept: neighbouring rows cost one read, rows in any order one read each. Row groups of a
+    hundred pictures suit both.
     """
 
     def __init__(self, store: Store) -> None:
@@ -50,6 +51,7 @@ class Pictures:
         self._lock = threading.Lock()
         self._groups: OrderedDict[Group, Future[pa.ChunkedArray]] = OrderedDict()
         self._table = functools.lru_cache(OPEN_FILES)(self._open_table)
+        self._folder = functools.lru_cache(OPEN_FILES)(store.beside)
         self._root = os.path.realpath(store.url) if store.is_local else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,9 +67,9 @@ class Pictures:
             if place is None:
                 return self._file(pair_name(image), limit)
             if found := RANGE.fullmatch(place):
-                return self._range(pair_name(found[1]), int(found[2]), int(found[3]), limit)
+                return self._range(found[1], int(found[2]), int(found[3]), limit)
             if found := ROW.fullmatch(place):
-                return self._row(pair_name(found[1]), int(found[2]), limit)
+                return self._row(found[1], int(found[2]), limit)
         except FileNotFoundError as error:
             raise SampleError("missing-file", str(error)) from None
         except Broken as error:
@@ -101,35 +103,39 @@ class Pictures:
         if not regular:
             raise SampleError("unreadable-file", f"{path} is no plain file")
 
-    def _range(self, path: str, offset: int, length: int, limit: int) -> bytes:
+    def _split(self, url: str) -> tuple[Store, str]:
+        """The folder and the name of a file."""
+        folder, _, name = url.rpartition("/")
+        return self._folder(folder or "/"), name
+
+    def _range(self, url: str, offset: int, length: int, limit: int) -> bytes:
         if length > limit:
-            raise SampleError("too-large", f"{path} holds {length} bytes at byte {offset}, at most {limit}")
-        raw = self.store.read_range(path, offset, length)
+            raise SampleError("too-large", f"{url} holds {length} bytes at byte {offset}, at most {limit}")
+        folder, name = self._split(url)
+        raw = folder.read_range(name, offset, length)
         if len(raw) != length:
-            raise SampleError(
-                "unreadable-file", f"{path} ends before byte {offset + length}: it is cut short"
-            )
+            raise SampleError("unreadable-file", f"{url} ends before byte {offset + length}: it is cut short")
         return raw
 
-    def _row(self, path: str, row: int, limit: int) -> bytes:
-        _, _, starts = self._table(path)
+    def _row(self, url: str, row: int, limit: int) -> bytes:
+        _, _, starts = self._table(url)
         if row >= starts[-1]:
             raise Broken(f"the file has {starts[-1]} rows")
         number = int(np.searchsorted(starts, row, side="right")) - 1
-        value = self._group(path, number)[row - int(starts[number])]
+        value = self._group(url, number)[row - int(starts[number])]
         if value.type.num_fields:
             value = value["bytes"]
         size = 0 if not value.is_valid else value.value.as_buffer().size
         if size > limit:
-            raise SampleError("too-large", f"{path} holds {size} bytes in row {row}, at most {limit}")
+            raise SampleError("too-large", f"{url} holds {size} bytes in row {row}, at most {limit}")
         raw = value.as_py()
         if raw is None:
-            raise SampleError("missing-file", f"{path} holds no picture in row {row}")
+            raise SampleError("missing-file", f"{url} holds no picture in row {row}")
         return raw
 
-    def _open_table(self, path: str) -> tuple[pq.FileMetaData, str, np.ndarray]:
+    def _open_table(self, url: str) -> tuple[pq.FileMetaData, str, np.ndarray]:
         """Footer, the column of the pictures, and where row groups start; last the number of rows."""
-        source = Source(self.store, path, GROUP_BYTES, ahead=1 << 16)
+        source = Source(*self._split(url), GROUP_BYTES, ahead=1 << 16)
         footer = read_footer(source)
         try:
             leaf = picture_leaf(footer.schema.to_arrow_schema())
@@ -140,9 +146,9 @@ class Pictures:
         rows = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
         return footer, leaf, np.cumsum([0, *rows])
 
-    def _group(self, path: str, number: int) -> pa.ChunkedArray:
+    def _group(self, url: str, number: int) -> pa.ChunkedArray:
         """The pictures of a row group; threads that want the same one wait for a single read."""
-        key = (path, number)
+        key = (url, number)
         with self._lock:
             future = self._groups.get(key)
             mine = future is None
@@ -151,7 +157,7 @@ class Pictures:
             self._groups.move_to_end(key)
         if mine:
             try:
-                future.set_result(self._read_group(path, number))
+                future.set_result(self._read_group(url, number))
             except BaseException as error:
                 future.set_exception(error)
                 if not isinstance(error, Broken):  # what is broken stays so
@@ -160,10 +166,10 @@ class Pictures:
             self._shrink()
         return future.result()
 
-    def _read_group(self, path: str, number: int) -> pa.ChunkedArray:
-        footer, leaf, _ = self._table(path)
+    def _read_group(self, url: str, number: int) -> pa.ChunkedArray:
+        footer, leaf, _ = self._table(url)
         column = footer.row_group(number).column(leaves(footer, [leaf])[0])
-        source = Source(self.store, path, GROUP_BYTES, ahead=1 << 16)
+        source = Source(*self._split(url), GROUP_BYTES, ahead=1 << 16)
         try:
             start, size = extent(column)
             if size > GROUP_BYTES:

@@ -52,7 +52,7 @@ def read_parquet(source: Source, path: str) -> Iterator[Any]:
         try:
             for batch, embedded in _batches(source, footer, number, types):
                 places = [f"#{row + i}" if there else "" for i, there in enumerate(embedded)]
-                yield from _entries(batch, path, row, places)
+                yield from _entries(batch, source, path, row, places)
                 row += batch.num_rows
         except DAMAGE as error:
             where = f"{source.name}: rows {row} to {end - 1}, in row group {number}"
@@ -123,7 +123,8 @@ def read_arrow(source: Source, path: str) -> Iterator[Any]:
                 columns = [name for name in batch.schema.names if name in FIELDS]
                 batch, pictures = _without_pictures(batch.select(columns))
                 start = source.tell() - message.body.size - message.body.address
-                yield from _entries(batch, path, row, _ranges(pictures, start, batch.num_rows))
+                places = _ranges(pictures, start, batch.num_rows)
+                yield from _entries(batch, source, path, row, places)
                 row += batch.num_rows
             except DAMAGE as error:
                 where = f"{source.name}: the batch before byte {source.tell()}, after row {row}"
@@ -230,10 +231,12 @@ def _without_pictures(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.Array |
     return batch, parts.get("bytes")
 
 
-def _entries(batch: pa.RecordBatch, path: str, row: int, places: Sequence[str]) -> Iterator[Any]:
+def _entries(
+    batch: pa.RecordBatch, source: Source, path: str, row: int, places: Sequence[str]
+) -> Iterator[Any]:
     """Entries of a batch that starts at `row` of the file `path`; places: "" where there is no picture."""
     for i, (value, place) in enumerate(zip(_values(batch), places, strict=True)):
-        yield Packed(value, f"{path}/{row + i}", path + place) if place else value
+        yield Packed(value, f"{path}/{row + i}", source.name + place) if place else value
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[Any]:

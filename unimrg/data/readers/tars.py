@@ -40,14 +40,14 @@ def read_tar(source: Source, path: str) -> Iterator[Any]:
             if suffix not in PICTURES | TEXTS:
                 continue
             if parts and (stem != name or suffix in parts):
-                yield _sample(path, name, parts)
+                yield _sample(source, path, name, parts)
                 parts = Parts()
             name = stem
             parts[suffix] = member if suffix in PICTURES else _text(source, member)
     except Broken as error:
         broken = error
     if parts:
-        yield _sample(path, name, parts)
+        yield _sample(source, path, name, parts)
     if broken is not None:
         raise broken
 
@@ -85,7 +85,7 @@ def _text(source: Source, member: tarfile.TarInfo) -> str | Malformed:
         return Malformed(f"{member.name} is not UTF-8: {error}")
 
 
-def _sample(path: str, name: str, parts: Parts) -> Any:
+def _sample(source: Source, path: str, name: str, parts: Parts) -> Any:
     pictures = {suffix: part for suffix, part in parts.items() if suffix in PICTURES}
     value = _value(parts)
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def _sample(path: str, name: str, parts: Parts) -> Any:
         value = Malformed(f"{len(pictures)} pictures of one name; a sample has one")
     if not picture.isreg() or picture.issparse():
         value = Malformed(f"{picture.name} is a link or has holes; only plain members are read")
-    return Packed(value, f"{path}/{picture.name}", f"{path}@{picture.offset_data}+{picture.size}")
+    return Packed(value, f"{path}/{picture.name}", f"{source.name}@{picture.offset_data}+{picture.size}")
 
 
 def _value(parts: Parts) -> Any:
