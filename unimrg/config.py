@@ -154,7 +154,9 @@ class ScenesConfig:
 class DataConfig:
     """LLaVA-format data in a folder or a bucket."""
 
-    manifest: str = knob("", "JSON, JSONL or Parquet, path or URL; empty = make and use data.scenes")
+    manifest: str = knob(
+        "", "JSON, JSONL, Parquet, tars (a-{000..127}.tar) or a folder, path or URL; empty = data.scenes, made"
+    )
     images: str = knob(
         "", "folder or URL that the manifest's paths start from; empty = the manifest's folder"
     )
