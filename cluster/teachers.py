@@ -39,9 +39,11 @@ def make_teacher(name: str, config: TeachersConfig) -> Teacher:
         dtype=teacher.dtype,
         points_per_side=sam.points_per_side,
         points_per_batch=sam.points_per_batch,
+        images_per_batch=sam.images_per_batch,
         pred_iou_thresh=sam.pred_iou_thresh,
         stability_score_thresh=sam.stability_score_thresh,
         box_nms_thresh=sam.box_nms_thresh,
+        family=teacher.name,
     )
 
 

@@ -12,9 +12,11 @@ import yaml
 from unimrg import config as knobs
 from unimrg.compose import _files, _groups, _keys, compose, config_folder
 from unimrg.config import (
+    DataConfig,
     ExportConfig,
     GenerateConfig,
     LabelConfig,
+    LabelsConfig,
     RunConfig,
     from_plain,
     redacted,
@@ -34,11 +36,7 @@ ALSO = {
 SCHEMAS = {"train": RunConfig, "generate": GenerateConfig, "export": ExportConfig, "label": LabelConfig}
 YAMLS = sorted(path.relative_to(config_folder()) for path in config_folder().rglob("*.yaml"))
 CASES = [
-    (name, f"{group}={option}")
-    for name in SCHEMAS
-    for group in _groups(name)
-    for option in _files(group)
-    if (name, option) != ("label", "stored")  # labelling with stored labels is refused
+    (name, f"{group}={option}") for name in SCHEMAS for group in _groups(name) for option in _files(group)
 ]
 
 
@@ -74,8 +72,9 @@ def test_options_say_what_they_are() -> None:
 
 
 def test_the_default_run_is_that_of_the_dataclasses() -> None:
-    assert compose("train", [], RunConfig) == RunConfig()
-    assert compose("label", [], LabelConfig) == LabelConfig()
+    scenes = DataConfig(window=4)
+    assert compose("train", [], RunConfig) == RunConfig(data=scenes)
+    assert compose("label", [], LabelConfig) == LabelConfig(data=scenes, labels=LabelsConfig(codes=False))
     values = compose("generate", NEEDED["generate"], GenerateConfig)
     assert values == GenerateConfig(checkpoint="model", image="a.jpg", task="depth")
 
@@ -98,6 +97,12 @@ def test_teachers_of_the_preset_are_real_ones() -> None:
     teachers = compose("train", ["teachers=depth_anything_sam"], RunConfig).teachers
     assert teachers.depth.checkpoint == "depth-anything/Depth-Anything-V2-Large-hf"
     assert teachers.segmentation.checkpoint == "facebook/sam-vit-huge"
+    teachers = compose("train", ["teachers=depth_anything_sam2"], RunConfig).teachers
+    assert (teachers.segmentation.name, teachers.segmentation.checkpoint) == (
+        "sam2",
+        "facebook/sam2.1-hiera-large",
+    )
+    assert teachers.sam.pred_iou_thresh == 0.8
 
 
 def test_the_baseline_trains_on_questions_alone() -> None:
@@ -131,8 +136,16 @@ REFUSED = {
     ("train", "teachers.depth.name=stored"): "set teachers.stored",
     ("train", "family.dropout=1.5"): "family.dropout: 1.5 is out of range",
     ("train", "seed=-1"): "seed: -1 is out of range",
-    ("label", "teachers.depth.name=stored teachers.stored=x"): "nothing to label",
-    ("label", "out="): "out is empty",
+    ("train", "teachers.depth.name=none"): "teachers.depth is `none`, so nobody draws it",
+    ("train", "teachers=depth_anything_sam labels.mode=off"): "teachers.depth is a model; use labels.mode",
+    ("train", "teachers=depth_anything_sam data.group_by_image=false"): "is stored by picture",
+    ("train", "labels.mode=cache"): "labels.mode: unknown value 'cache'; did you mean 'cached'",
+    ("train", "data.unit=24"): "data.shard_rows: 64 must be a multiple of data.unit = 24",
+    ("train", "data.manifest=a.json data.manifests=[b.json]"): "both set; name each data set once",
+    ("train", "data.manifests=[a.json,b.json] data.shares=[1]"): "1 numbers for 2 manifests",
+    ("train", "teachers.depth.min_actors=3 teachers.depth.max_actors=2"): "2 is below min_actors = 3",
+    ("train", "teachers.depth.node_labels=[teacher]"): "'teacher' is no label; write name=value",
+    ("label", "labels.mode=cached"): "'cached' labels nothing; leave it out",
     ("generate", "task=draw"): "task: unknown value 'draw'",
     ("generate", "question=why"): "task, question: both are given",
     ("generate", "task="): "task, question: neither is given",

@@ -155,7 +155,8 @@ class DataConfig:
     """LLaVA-format data in a folder or a bucket."""
 
     manifest: str = knob(
-        "", "JSON, JSONL, Parquet, tars (a-{000..127}.tar) or a folder, path or URL; empty = data.scenes, made"
+        "",
+        "JSON, JSONL, Parquet, tars (a-{000..127}.tar) or a folder, path or URL; empty = data.scenes, made",
     )
     images: str = knob(
         "", "folder or URL that the manifest's paths start from; empty = the manifest's folder"
@@ -182,10 +183,10 @@ class DataConfig:
     min_checked: int = knob(100, "samples seen before max_bad_share counts")
     unit: int = knob(16, "rows fetched and labelled together, 1..4096")
     shard_rows: int = knob(
-        256, "neighbouring rows that are labelled, stored and read as one; a multiple of unit"
+        64, "neighbouring rows that are labelled, stored and read as one; a multiple of unit"
     )
     window: int = knob(
-        8, "shards whose rows are mixed; the shards themselves come in a new order every epoch"
+        16, "shards whose rows are mixed; the shards themselves come in a new order every epoch"
     )
     readers: int = knob(1, "actors that read the label store; each keeps the parts of two windows in memory")
     ahead: int = knob(0, "samples made ready before training asks for them; 0 = 16 steps' worth")
@@ -256,7 +257,7 @@ class TeacherConfig(PoolConfig):
     """One teacher and the actors that run it."""
 
     name: str = knob(
-        "oracle", "oracle (what the data set brings), stored, none, or a model: depth_anything, sam"
+        "oracle", "oracle (the data set's own), stored, none, or a model: depth_anything, sam, sam2"
     )
     checkpoint: str = knob("", "hub id or local folder of the model")
 
@@ -268,16 +269,19 @@ class TeacherConfig(PoolConfig):
 
 @dataclass
 class SamConfig:
-    """Thresholds of the automatic mask generator (Segment Anything, arXiv 2304.02643); its defaults."""
+    """The automatic mask generator of SAM and SAM 2 (arXiv 2304.02643, 2408.00714); SAM's defaults."""
 
     points_per_side: int = knob(32, "grid of prompts over the picture")
     points_per_batch: int = knob(64, "prompts decoded at once; memory against speed")
-    pred_iou_thresh: float = knob(0.88, "masks that the model trusts less are dropped, 0..1")
+    images_per_batch: int = knob(4, "pictures encoded at once; memory against speed")
+    pred_iou_thresh: float = knob(
+        0.88, "masks that the model trusts less are dropped, 0..1; SAM 2's own default is 0.8"
+    )
     stability_score_thresh: float = knob(0.95, "masks that change more with the cut-off are dropped, 0..1")
     box_nms_thresh: float = knob(0.7, "of masks that overlap more, the better one stays, 0..1")
 
     def check(self) -> None:
-        for key in ("points_per_side", "points_per_batch"):
+        for key in ("points_per_side", "points_per_batch", "images_per_batch"):
             require(f"teachers.sam.{key}", getattr(self, key), 1)
         for key in ("pred_iou_thresh", "stability_score_thresh", "box_nms_thresh"):
             require(f"teachers.sam.{key}", getattr(self, key), 0, 1)
@@ -293,7 +297,7 @@ class TeachersConfig:
     stored: str = knob("", "folder or URL that unimrg.label wrote, for teachers named stored")
 
     DEPTH = ("oracle", "stored", "none", "depth_anything")
-    SEGMENTATION = ("oracle", "stored", "none", "sam")
+    SEGMENTATION = ("oracle", "stored", "none", "sam", "sam2")
 
     def check(self) -> None:
         self.sam.check()
@@ -502,10 +506,11 @@ class RunConfig:
                 raise ConfigError(
                     f"labels.mode is `off`, but teachers.{task.value} is a model; use labels.mode=streaming"
                 )
-        if self.labels.mode != "off" and not self.data.group_by_image:
-            raise ConfigError(
-                "data.group_by_image is false, but labels are stored by picture; set labels.mode=off"
-            )
+            if teacher.is_model and not self.data.group_by_image and task in self.weights.active():
+                raise ConfigError(
+                    f"data.group_by_image is false, but what teachers.{task.value} says is stored by picture; "
+                    f"set it to true"
+                )
 
 
 @dataclass

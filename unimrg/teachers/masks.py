@@ -14,19 +14,23 @@ NMS_BLOCK = 1024
 
 def stability(logits: Tensor, threshold: float, offset: float) -> Tensor:
     """IoU of each mask [K, H, W] cut at threshold + offset and at threshold - offset; NaN if both empty."""
-    inner = (logits > threshold + offset).sum(dim=(-2, -1))
-    outer = (logits > threshold - offset).sum(dim=(-2, -1))
+    inner, outer = (
+        # 32 bits are enough for a picture, and several times faster than the 64 of the default.
+        (logits > threshold + by).sum(dim=(-2, -1), dtype=torch.int32)
+        for by in (offset, -offset)
+    )
     return inner / outer
 
 
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Left, top, right, bottom (outermost pixels), float32 [K, 4], of bool masks [K, H, W]; 0 if empty."""
+def mask_boxes(logits: Tensor, threshold: float) -> Tensor:
+    """Left, top, right, bottom (outermost pixels), float32 [K, 4], of logits [K, H, W] cut there; 0 if none."""
 
     def span(occupied: Tensor) -> tuple[Tensor, Tensor]:
         bits = occupied.to(torch.uint8)
         return bits.argmax(dim=-1), occupied.shape[-1] - 1 - bits.flip(-1).argmax(dim=-1)
 
-    columns, rows = masks.any(dim=-2), masks.any(dim=-1)
+    # The largest value of a line says whether the line is occupied, and no mask has to be written down.
+    columns, rows = logits.amax(dim=-2) > threshold, logits.amax(dim=-1) > threshold
     (left, right), (top, bottom) = span(columns), span(rows)
     boxes = torch.stack([left, top, right, bottom], dim=-1).float()
     return boxes * rows.any(dim=-1)[:, None]
@@ -44,9 +48,8 @@ def box_nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     for number, block in enumerate(blocks):
         alive[number] = kept = _settle(_overlaps(block, block, threshold).triu(1), alive[number])
         for later in range(number + 1, len(blocks)):
-            alive[later] = alive[later] & ~(_overlaps(block, blocks[later], threshold) & kept[:, None]).any(
-                dim=0
-            )
+            beaten = kept.float() @ _overlaps(block, blocks[later], threshold).float() > 0
+            alive[later] = alive[later] & ~beaten
     return order[torch.cat(alive)]
 
 
@@ -56,9 +59,9 @@ def _settle(beats: Tensor, free: Tensor) -> Tensor:
     Asking every rank at once, again and again, until nothing changes: after t rounds the first t ranks are
     right, so the end is the answer of one-by-one. Chains are short, hence rounds few.
     """
-    kept = free
+    kept, beats = free, beats.float()
     while True:
-        asked = free & ~(beats & kept[:, None]).any(dim=0)
+        asked = free & (kept.float() @ beats == 0)
         if torch.equal(asked, kept):
             return kept
         kept = asked

@@ -282,10 +282,13 @@ SAM2_SETTINGS: dict[str, Any] = {
 }
 
 
-def load_sam(folder: Path, device: torch.device, dtype: torch.dtype) -> Sam:
-    """SAM or SAM 2, whichever the folder holds."""
-    found = weights.model_type(folder, "segmentation")
-    kind = Sam2 if found in Sam2.types else Sam
+def load_sam(folder: Path, device: torch.device, dtype: torch.dtype, family: str | None = None) -> Sam:
+    """SAM or SAM 2: what the folder holds, or of `family` (sam, sam2) and nothing else.
+
+    Raises CheckpointError for another model.
+    """
+    holds_sam2 = weights.model_type(folder, "segmentation") in Sam2.types
+    kind = Sam2 if family == "sam2" or (family is None and holds_sam2) else Sam
     return kind(folder, device, dtype)
 
 

@@ -68,7 +68,8 @@ class SamBoundaries:
     bfloat16, float16. pred_iou_thresh: None is the official generator's, 0.88 for SAM and 0.8 for SAM 2.
     points_per_batch (prompts decoded at once, of as many pictures as that takes) and images_per_batch
     (pictures encoded at once) change memory and rounding, not what is computed. compile: torch.compile for
-    the encoder's layers; None is: on a GPU. Only full batches run compiled.
+    the encoder's layers; None is: on a GPU. Only full batches run compiled. family: sam or sam2, where no
+    other will do; None takes what the checkpoint holds.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class SamBoundaries:
         max_side: int = 2048,
         images_per_batch: int = 4,
         compile: bool | None = None,
+        family: str | None = None,
     ) -> None:
         for name, count in (("points_per_batch", points_per_batch), ("images_per_batch", images_per_batch)):
             if count < 1:
@@ -93,7 +95,7 @@ class SamBoundaries:
         self.points_per_batch, self.images_per_batch = points_per_batch, images_per_batch
         self.device = weights.choose_device(device)
         folder = weights.find_folder(checkpoint, "segmentation")
-        self.sam = load_sam(folder, self.device, weights.choose_dtype(dtype, self.device))
+        self.sam = load_sam(folder, self.device, weights.choose_dtype(dtype, self.device), family)
         self.rules = Rules(
             points_per_side=points_per_side,
             pred_iou_thresh=float(self.sam.pred_iou_thresh if pred_iou_thresh is None else pred_iou_thresh),
@@ -188,7 +190,7 @@ class SamBoundaries:
         for full in self._full_size(logits, geometry):
             score = stability(full, rules.mask_threshold, rules.stability_score_offset)
             stable.append((score >= rules.stability_score_thresh) | (rules.stability_score_thresh == 0))
-            boxes.append(mask_boxes(full > rules.mask_threshold))
+            boxes.append(mask_boxes(full, rules.mask_threshold))
         kept = torch.cat(stable).nonzero()[:, 0]
         return Candidates(logits[kept], scores[kept], torch.cat(boxes)[kept])
 
