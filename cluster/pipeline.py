@@ -84,7 +84,7 @@ def open_sources(config: RunConfig, manifest: str = "") -> Sources:
 
 def uses_store(config: RunConfig) -> bool:
     """Do samples come out of a label store? Only drawings of depth or segmentation need labels."""
-    if config.labels.mode == "off":
+    if config.labels.mode == "off" or not config.data.group_by_image:
         return False
     wanted = [config.teachers.depth, config.teachers.segmentation]
     active = [t for t, name in zip(wanted, MAPS, strict=True) if name in config.weights.active()]
