@@ -203,6 +203,17 @@ def test_bfloat16(name: str, tmp_path: Path) -> None:
     assert torch.equal(model.codes_of(batch), torch.from_numpy(plain(bits))[None].bfloat16())
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CONTINUOUS])
+def test_integers_do_not_depend_on_autocast(name: str) -> None:
+    """What is to be predicted is the same in a training in half precision."""
+    model, samples = model_of(name), samples_of("mixed")
+    pixels = processor_of(name, False)(samples)
+    codes = processor_of(name, True)([coded(sample, model) for sample in samples])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want, got = model(pixels), model(codes)
+    assert got.keys() == want.keys() and all(torch.equal(got[task].sum, want[task].sum) for task in want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_families_own_processors(name: str) -> None:
     """`from_codes` gives the processor the model's own codes of a grey picture."""

@@ -174,11 +174,13 @@ def encode_pictures(vq: JanusVQVAE, pictures: Tensor) -> Tensor:
     transformers' own `encode` compares unnormalised vectors, which is the same only where all codes are
     equally long.
     """
-    pixels = to_pixels(pictures).to(vq.quant_conv.weight.dtype)
-    features = vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2)
-    numbers = torch.arange(vq.config.num_embeddings, device=features.device)
-    codebook = normalize(vq.quantize.embedding(numbers).float(), dim=-1)
-    return (features.float() @ codebook.T).argmax(-1)
+    # Codes are what is to be predicted: half precision would flip those that are nearly as close as another.
+    with torch.autocast(pictures.device.type, enabled=False):
+        pixels = to_pixels(pictures).to(vq.quant_conv.weight.dtype)
+        features = vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2)
+        numbers = torch.arange(vq.config.num_embeddings, device=features.device)
+        codebook = normalize(vq.quantize.embedding(numbers).float(), dim=-1)
+        return (features.float() @ codebook.T).argmax(-1)
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
