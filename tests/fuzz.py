@@ -15,6 +15,7 @@ memory measured. Prints a report as JSON:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -34,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from tests.packed import arrow, parquet, samples, table, talk, tar
-from unimrg.data.decode import decode_image
+from unimrg.data.decode import decode_image, decode_map, decode_masks
 from unimrg.data.manifest import build_index
 from unimrg.data.pictures import Pictures
 from unimrg.errors import DataError, SampleError
@@ -254,6 +255,9 @@ class Fuzz:
             image = decode_image(raw, MAX_BYTES, MAX_PIXELS, MAX_SIDE)
         except SampleError as error:
             return error.reason if len(str(error)) < 1000 else "endless detail"
+        for read_map in (decode_map, decode_masks):
+            with contextlib.suppress(SampleError):
+                read_map(raw, MAX_PIXELS)
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, image.shape
         assert 0 < max(image.shape) <= MAX_SIDE
         return ""

@@ -113,9 +113,16 @@ def test_image_markers(text: str, clean: str) -> None:
     assert load_conversations(row["conversations"])[0][0].question == clean
 
 
+def test_conversations_as_columns() -> None:
+    row = parse_entry({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}}, 0)
+    assert load_conversations(row["conversations"]) == ((Turn("q", "a"),),)
+
+
 @pytest.mark.parametrize(
     ("entry", "detail"),
     [
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q"]}}, "text 'value'"),
+        ({"conversations": {"from": "human", "value": "q"}}, "must be a list"),
         ("text", "must be an object"),
         ({}, "must be a list"),
         ({"conversations": []}, "at least one"),

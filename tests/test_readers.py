@@ -15,17 +15,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from tests.packed import arrow, parquet, samples, save_to_disk, table, talk, tar
 from tests.s3 import S3Server
 from unimrg import retries
+from unimrg.config import DataConfig
 from unimrg.data import pictures as pictures_module
 from unimrg.data.manifest import Manifest, build_index
 from unimrg.data.pictures import Pictures
 from unimrg.data.readers import find_shards
+from unimrg.data.stages import Fetch, Sources
 from unimrg.errors import DataError, SampleError, StorageError
 from unimrg.sample import load_conversations
 from unimrg.storage import S3Config, Store
+
+
+def encode(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.bytes(int(n)) for n in RNG.integers(1, 3000, 30)]
@@ -92,6 +102,25 @@ def test_from_object_storage(s3_server: S3Server, tmp_path: Path, form: str) -> 
     store.delete(path)
     with pytest.raises(SampleError, match="missing-file"):
         Pictures(store).read(rows[0]["image"], rows[0]["place"], LIMIT)
+
+
+def test_through_the_first_stage(tmp_path: Path) -> None:
+    """From all forms the same pixels, and a reason for each that has none."""
+    images = [RNG.integers(0, 256, (20 + i, 30, 3), np.uint8) for i in range(6)]
+    raws = [encode(image) for image in images]
+    raws[3] = raws[3][:100]
+    raws[4] = b"<html>"
+    (tmp_path / "x.tar").write_bytes(tar(samples(raws, suffix="png")))
+    (tmp_path / "x.parquet").write_bytes(parquet(table(raws)))
+    (tmp_path / "x.arrow").write_bytes(arrow(table(raws)))
+    for name in ("x.tar", "x.parquet", "x.arrow"):
+        built = index(tmp_path, name)
+        rows = built.rows(range(6)).append_column("position", pa.array(range(6)))
+        fetched = Fetch(Sources(Store.at(str(tmp_path))), DataConfig())(rows).to_pylist()
+        reasons = [row["error"] for row in fetched]
+        assert reasons == [None, None, None, "corrupt-image", "not-an-image", None]
+        for row, image in zip(fetched, images, strict=True):
+            assert row["error"] or row["image"] == image.tobytes()
 
 
 # Tars

@@ -94,12 +94,12 @@ def decode_map(raw: bytes, max_pixels: int = MAX_MAP_PIXELS) -> np.ndarray:
     pictures the first channel, float TIFF, and `.npy` of numbers [H, W], [H, W, 1] or [1, H, W].
     Raises SampleError: empty-file, too-large, not-an-image, corrupt-image (also for NaN and infinity).
     """
-    array = _npy(raw, max_pixels) if raw.startswith(b"\x93NUMPY") else _pixels(raw, max_pixels)
-    if array.ndim == 3:
-        array = array[..., 0]
-    if array.dtype in (np.uint8, np.uint16, np.bool_):
-        return array.astype(np.uint16)
-    array = array.astype(np.float32)
+    with _numbers(raw, max_pixels) as array:
+        if array.ndim == 3:
+            array = array[..., 0]
+        if array.dtype in (np.uint8, np.uint16, np.bool_):
+            return array.astype(np.uint16)
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise SampleError("corrupt-image", "the map holds NaN or infinity")
     return array
@@ -112,18 +112,19 @@ def decode_masks(raw: bytes, max_pixels: int = MAX_MAP_PIXELS) -> np.ndarray:
     with equal channels as grey, others as R + 256 G + 65536 B (COCO's panoptic form); `.npy` of integers.
     Raises SampleError: empty-file, too-large, not-an-image, corrupt-image (also for fractions).
     """
-    array = _npy(raw, max_pixels) if raw.startswith(b"\x93NUMPY") else _pixels(raw, max_pixels)
-    if array.dtype.kind == "f":
-        raise SampleError("corrupt-image", "instance ids must be integers")
-    if array.ndim == 3 and array.shape[2] >= 3:
-        red, green, blue = (array[..., i].astype(np.int32) for i in range(3))
-        grey = np.array_equal(red, green) and np.array_equal(red, blue)
-        return red if grey else red + 256 * green + 65536 * blue
-    if array.ndim == 3:
-        array = array[..., 0]
-    if array.size and (int(array.min()) < 0 or int(array.max()) > np.iinfo(np.int32).max):
-        raise SampleError("corrupt-image", "instance ids must lie in 0..2147483647")
-    return array.astype(np.int32)
+    with _numbers(raw, max_pixels) as array:
+        if array.dtype.kind == "f":
+            raise SampleError("corrupt-image", "instance ids must be integers")
+        if array.ndim == 3 and array.shape[2] >= 3:
+            red, green, blue = (array[..., i] for i in range(3))
+            if np.array_equal(red, green) and np.array_equal(red, blue):
+                return red.astype(np.int32)
+            return red + 256 * green.astype(np.int32) + 65536 * blue.astype(np.int32)
+        if array.ndim == 3:
+            array = array[..., 0]
+        if array.size and (int(array.min()) < 0 or int(array.max()) > np.iinfo(np.int32).max):
+            raise SampleError("corrupt-image", "instance ids must lie in 0..2147483647")
+        return array.astype(np.int32)
 
 
 def _open(raw: bytes, max_pixels: int) -> Image.Image:
@@ -204,14 +205,24 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
 
 
-def _pixels(raw: bytes, max_pixels: int) -> np.ndarray:
-    """The stored numbers of a picture, [H, W] or [H, W, C], without turning or colour conversion."""
+@contextlib.contextmanager
+def _numbers(raw: bytes, max_pixels: int) -> Iterator[np.ndarray]:
+    """The stored numbers of a map, [H, W] or [H, W, C], without turning or colour conversion.
+
+    Large maps take turns, as long as they are in use.
+    """
+    if raw.startswith(b"\x93NUMPY"):
+        with _turns(len(raw) // 4):
+            yield _npy(raw, max_pixels)
+        return
     image = _open(raw, max_pixels)
-    try:
-        image.load()
-        return np.asarray(image)
-    except Exception as error:
-        raise _undecodable(error) from error
+    with _turns(image.width * image.height):
+        try:
+            image.load()
+            array = np.asarray(image)
+        except Exception as error:
+            raise _undecodable(error) from error
+        yield array
 
 
 def _npy(raw: bytes, max_pixels: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ def _path(entry: dict[str, Any], key: str) -> str | None:
 
 
 def parse_conversation(value: Any) -> Conversation:
-    """Turns of `[{from, value}, …]` (or the same as a JSON string), without `<image>` markers.
+    """Turns of `[{from, value}, …]`, without `<image>` markers.
+
+    The same as a JSON string will do, or `{from: […], value: […]}`, which `datasets` makes of a Sequence.
 
     Raises Malformed unless human and gpt alternate, starting with human, with no answer empty.
     """
@@ -164,6 +167,8 @@ def parse_conversation(value: Any) -> Conversation:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise Malformed(f"conversations: {error}") from error
+    if isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("from", "value")):
+        value = [{"from": who, "value": text} for who, text in zip_longest(value["from"], value["value"])]
     if not isinstance(value, list) or not value:
         raise Malformed("conversations must be a list with at least one question and answer")
     if len(value) % 2:
