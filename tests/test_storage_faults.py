@@ -7,6 +7,7 @@ import http.client
 import os
 import pickle
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.faulty_s3 import PAGE, FaultyS3, Rule, faulty
@@ -73,16 +77,30 @@ def proxy(running: FaultyS3) -> Iterator[FaultyS3]:
 
 def at(server: S3Server, path: Path) -> Store:
     keys = S3Config(server.endpoint, "", server.access_key, server.secret_key)
-    return Store.at(server.url(f"faults/{path.parent.name}/{path.name}"), keys)
+    return Store.at(server.url("faults" + str(path)), keys)
+
+
+OBJECTS = {"a/small": SMALL, "a/page": bytes(len(PAGE) + 1), "a/deep/kilo": bytes(1000)}
+
+
+def filled(store: Store) -> Store:
+    for path, data in OBJECTS.items():
+        store.write_bytes(path, data)
+    return store
 
 
 @pytest.fixture
 def direct(s3_server: S3Server, tmp_path: Path) -> Store:
     """The folder of a test, without the proxy; connected, with a few objects."""
-    store = at(s3_server, tmp_path)
-    for path, data in {"a/small": SMALL, "a/page": bytes(len(PAGE) + 1), "a/deep/kilo": bytes(1000)}.items():
-        store.write_bytes(path, data)
-    return store
+    return filled(at(s3_server, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def unchanged(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of a folder of objects for the calls that only look."""
+    path = tmp_path_factory.mktemp("unchanged")
+    filled(at(s3_server, path))
+    return path
 
 
 @pytest.fixture
@@ -145,39 +163,35 @@ def content(store: Store) -> dict[str, bytes]:
     return {entry.path: store.read_bytes(entry.path) for entry in store.list(recursive=True)}
 
 
-def restore(direct: Store, before: dict[str, bytes]) -> None:
-    there = content(direct)
-    for path in there.keys() - before.keys():
-        direct.delete(path)
-    for path, data in before.items():
-        if there.get(path) != data:
-            direct.write_bytes(path, data)
-
-
 @pytest.mark.parametrize("fault", TRANSIENT)
 @pytest.mark.parametrize("name", CALLS)
 def test_transient_faults_pass_and_are_counted(
-    proxy: FaultyS3, direct: Store, store: Store, tmp_path: Path, name: str, fault: str
+    proxy: FaultyS3, s3_server: S3Server, unchanged: Path, tmp_path: Path, name: str, fault: str
 ) -> None:
-    """The requests of each call fail, one after the other."""
-    call, before = CALLS[name], content(direct)
-    store.exists("bucket")  # asked for once
-    proxy.log.clear()
-    expected, after = call(store, tmp_path / "unbroken"), content(direct)
+    """The requests of each call fail, one after the other; what changes something starts afresh each time."""
+    call, changes = CALLS[name], name in ("write", "upload", "delete")
+
+    def run(name: str) -> tuple[object, dict[str, bytes]]:
+        place = tmp_path / name if changes else unchanged
+        if call is do_delete:
+            at(s3_server, place).write_bytes("a/deep/kilo", bytes(1000))
+        proxy.log.clear()
+        proxy.rules = rules
+        result = call(at(proxy.server, place), tmp_path / name)
+        proxy.rules = []
+        return result, content(at(s3_server, place)) if changes else {}
+
+    rules: list[Rule] = []
+    expected = run("unbroken")
     requests, broken, counted = len(proxy.log), 0, set()
     for number in range(0, requests, 1 if fault in THOROUGH else requests):
-        if after != before:
-            restore(direct, before)
-        proxy.log.clear()
-        proxy.rules = [Rule(fault, skip=number, times=2 if fault in HIDDEN else 1)]
-        assert call(store, tmp_path / f"broken-{number}") == expected
-        proxy.rules = []
-        assert content(direct) == after
+        rules = [Rule(fault, skip=number, times=2 if fault in HIDDEN else 1)]
+        assert run(f"broken-{number}") == expected
         broken += proxy.count(fault)
         counted |= {reason for reason, count in take_retries().items() if count}
+    assert broken > 0
     # The text of an error can be longer than the bytes asked for, which is all that pyarrow says then.
     assert counted & TRANSIENT[fault] and counted <= TRANSIENT[fault] | {"truncated"}
-    assert broken > 0
 
 
 @pytest.mark.parametrize("fault", PERMANENT)
@@ -215,7 +229,9 @@ def test_what_does_not_pass_is_given_up(
     monkeypatch.setattr("unimrg.storage.SDK_ATTEMPTS", 2)
     monkeypatch.setattr("unimrg.retries.ATTEMPTS", 3)
     proxy.rules = [Rule("503")]
-    with pytest.raises(StorageError, match=r"tried 3 times in \d+ s") as caught:
+    why = "at http.*: the store asks to slow down or is out of service .AWS Error.*; start again when it is"
+    spent = r" well [(]given up after \d+ s and 3 of 3 attempts[)]$"
+    with pytest.raises(StorageError, match=why + spent) as caught:
         CALLS[name](store, tmp_path / "broken")
     assert caught.value.kind == pickle.loads(pickle.dumps(caught.value)).kind == "transient"
     if name != "upload":  # its threads each try
@@ -223,8 +239,11 @@ def test_what_does_not_pass_is_given_up(
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "lost-answer", "truncated", "wrong-content"])
-def test_large_objects(proxy: FaultyS3, direct: Store, store: Store, tmp_path: Path, fault: str) -> None:
+def test_large_objects(
+    proxy: FaultyS3, direct: Store, store: Store, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several requests each way. The SDK repeats those of an upload first."""
+    monkeypatch.setattr("unimrg.storage.SDK_ATTEMPTS", 2)  # its waits are seconds
     data = random.Random(fault).randbytes(LARGE)
     store.exists()
     proxy.rules = [Rule(fault, method="POST|PUT", times=2), Rule(fault, method="GET", times=2)]
@@ -289,6 +308,39 @@ def test_open_files_repeat_their_reads(proxy: FaultyS3, direct: Store, store: St
     with pytest.raises(StorageError, match="access denied") as caught:
         store.open_input("file")
     assert caught.value.kind == "denied"
+
+
+def test_parquet_through_faults(proxy: FaultyS3, direct: Store, store: Store) -> None:
+    """pyarrow reads our file in several threads, and hands our errors on as they are."""
+    columns = {name: np.random.default_rng(1).integers(0, 1 << 40, 20_000) for name in "abc"}
+    pq.write_table(pa.table(columns), sink := pa.BufferOutputStream(), row_group_size=4000)
+    direct.write_bytes("table.parquet", sink.getvalue().to_pybytes())
+    proxy.rules = [Rule(fault, share=0.03, seed=i) for i, fault in enumerate(TRANSIENT)]
+    with store.open_input("table.parquet") as file:
+        read = pq.ParquetFile(file, pre_buffer=True).read()
+    assert read.equals(pa.table(columns))
+    assert sum(take_retries().values()) > 0
+    proxy.rules = [Rule("denied", skip=2)]
+    file = store.open_input("table.parquet")
+    with pytest.raises(StorageError, match="access denied") as caught:
+        pq.ParquetFile(file).read()
+    assert caught.value.kind == "denied"
+
+
+def test_an_outage_passes(
+    proxy: FaultyS3, direct: Store, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request gets through for a while, at any of several threads."""
+    monkeypatch.setattr("unimrg.retries.WAIT_SECONDS", 0.1)
+    store.exists()
+    proxy.rules = [Rule("reset")]
+    over = threading.Timer(0.5, proxy.rules.clear)
+    over.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: store.write_bytes(f"o/{number}", bytes(number)), range(8)))
+    over.join()
+    assert content(direct.child("o")) == {str(number): bytes(number) for number in range(8)}
+    assert take_retries()["connection"] > 4
 
 
 def test_ranges(proxy: FaultyS3, direct: Store, store: Store) -> None:

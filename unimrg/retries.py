@@ -8,7 +8,6 @@ back at once (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import threading
 import time
@@ -16,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
-T = TypeVar("T")
+from unimrg.failures import RETRY_REASONS, retry_reason
 
-RETRY_REASONS = ("server-error", "slow-down", "connection", "timeout", "truncated")
+T = TypeVar("T")
 
 # A call is tried at most ATTEMPTS times, and not again after RETRY_SECONDS. The waits add up to 23 s on
 # average: the restart of a server passes unnoticed, one that stays away is reported within two minutes. A
@@ -31,39 +30,9 @@ FIRST_SECONDS = 4.0
 WAIT_SECONDS = float(os.environ.get("UNIMRG_RETRY_WAIT_SECONDS") or 0.5)
 MAX_WAIT_SECONDS = 15.0
 
-# What pyarrow's S3 errors say. The answer to HEAD has no body and pyarrow doesn't read every body, so "slow
-# down" can't be told from other 503s. "Failed to flush" is an answer longer than the bytes asked for, be it
-# wrong content or the text of an error. Codes of curl that stand for a mistake (an address that is none, an
-# untrusted certificate) are left out of "connection".
-REASONS = {
-    "truncated": re.compile(
-        r"curlCode: 18\b|XML_ERROR|Failed to flush response stream|NO_SUCH_UPLOAD|InvalidPart\b"
-    ),
-    "timeout": re.compile(r"curlCode: 28\b|REQUEST_TIMEOUT|HTTP status (408|504)"),
-    "slow-down": re.compile(
-        r"AWS Error (SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|REQUEST_LIMIT_EXCEEDED)|HTTP status (429|503)"
-    ),
-    "server-error": re.compile(r"AWS Error INTERNAL_FAILURE|HTTP status 5\d\d"),
-    "connection": re.compile(r"AWS Error NETWORK_CONNECTION(?!.*curlCode: (1|3|58|59|60|77)\b)"),
-}
-
 _jitter = secrets.SystemRandom()  # the training's own random states stay as they are
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
-
-
-class CutShort(OSError):
-    """An answer of another length or kind than was promised."""
-
-
-def retry_reason(error: BaseException) -> str | None:
-    """The one of RETRY_REASONS that makes a call worth repeating, or None."""
-    if isinstance(error, CutShort):
-        return "truncated"
-    if not isinstance(error, OSError):
-        return None
-    text = str(error)
-    return next((reason for reason, pattern in REASONS.items() if pattern.search(text)), None)
 
 
 def retrying(call: Callable[[], T], answered: bool = True) -> T:
@@ -84,7 +53,7 @@ def retrying(call: Callable[[], T], answered: bool = True) -> T:
             wait = _jitter.uniform(0, min(MAX_WAIT_SECONDS, WAIT_SECONDS * 2 ** (attempt - 1)))
             spent = time.monotonic() - start
             if attempt >= ATTEMPTS or spent + wait > (FIRST_SECONDS if silent else RETRY_SECONDS):
-                error.add_note(f"tried {attempt} times in {spent:.0f} s")
+                error.add_note(f"given up after {spent:.0f} s and {attempt} of {ATTEMPTS} attempts")
                 raise
         count_retry(reason)
         attempt += 1

@@ -21,7 +21,6 @@ import contextlib
 import io
 import os
 import posixpath
-import re
 import secrets
 import shutil
 import time
@@ -39,8 +38,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from unimrg.errors import StorageError
-from unimrg.retries import RETRY_REASONS as RETRY_REASONS
-from unimrg.retries import CutShort, count_retry, retry_reason, retrying
+from unimrg.failures import RETRY_REASONS as RETRY_REASONS
+from unimrg.failures import CutShort, explained, no_bucket, retry_reason
+from unimrg.retries import count_retry, retrying
 from unimrg.retries import take_retries as take_retries
 
 T = TypeVar("T")
@@ -205,6 +205,10 @@ class Store:
         store = Store(self._scheme, self._key(path), self._s3)
         store._connection = self._connection
         return store
+
+    def beside(self, url: str) -> Store:
+        """The store at another address, reached with the same settings. Raises StorageError as `at` does."""
+        return Store.at(url, self._s3)
 
     # Reading
 
@@ -396,7 +400,7 @@ class Store:
                 raise explained("look at", f"{self._scheme}://{bucket}", at, error) from error
         else:  # some roles may read objects but not look at the bucket
             if info.type == pafs.FileType.NotFound:
-                raise _no_bucket(self._scheme, bucket, at)
+                raise no_bucket(self._scheme, bucket, at)
         link.answered, link.bucket_seen = True, time.time()
 
     def _look(self, key: str) -> pafs.FileInfo:
@@ -473,7 +477,9 @@ class Store:
             self._put(path, pieces, os.fstat(source.fileno()).st_size)
 
     def _fetch(self, entry: Entry, target: Path) -> None:
-        with self._explain("read", entry.path), self.open_input(entry.path) as source:
+        # Without pyarrow's wrapper around the reader there is a copy less.
+        file = self.open_input(entry.path) if self.is_local else _Reader(self, entry.path)
+        with self._explain("read", entry.path), file as source:
             _write_local(target, _pieces(source))
         size = target.stat().st_size
         if size != entry.size:
@@ -606,73 +612,6 @@ def _listed(filesystem: pafs.FileSystem, selector: pafs.FileSelector) -> list[pa
     return infos
 
 
-DENIED = re.compile(
-    r"AWS Error (ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID"
-    r"|EXPIRED_TOKEN|INVALID_SIGNATURE|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT"
-    r"|UNKNOWN [(]HTTP status 40[13])|PERMISSION_DENIED|UNAUTHENTICATED|ExpiredToken"
-)
-
-
-# How S3 answers HEAD, and pyarrow reads a refused GET: without the code that says why.
-UNEXPLAINED = re.compile(r"UNKNOWN [(]HTTP status 400[)] during \w+ operation:( No response body\.)?$")
-
-
-def explained(verb: str, where: str, endpoint: str, error: Exception) -> StorageError:
-    """A failed call in one sentence: what, where, how to mend. `verb`: "read", "write", …"""
-    text = " ".join(str(error).split())
-    if "NO_SUCH_BUCKET" in text:
-        return _no_bucket(where.split("://")[0], where.split("://")[-1].split("/")[0], endpoint)
-    at = f" at {endpoint}" if endpoint else ""
-    if DENIED.search(text) or UNEXPLAINED.search(text):
-        aws = "S3Config, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws or the machine's role"
-        google = "GOOGLE_APPLICATION_CREDENTIALS or the machine's service account"
-        places = google if where.startswith("gs://") else aws
-        why = "access denied"
-        if "ExpiredToken" in text:
-            why += " (the session token has expired)"
-        elif UNEXPLAINED.search(text):
-            why += " (HTTP 400 without a reason: an expired session token, or the wrong region)"
-        message = f"{why}: can't {verb} {where}{at}; check the keys in {places}, and what they may do"
-        return StorageError(message, "denied")
-    message = f"can't {verb} {where}{_mend(text, at, error)}"
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return StorageError(message + notes, "transient" if retry_reason(error) else "other")
-
-
-def _mend(text: str, at: str, error: Exception) -> str:
-    """The rest of the sentence: why, and what to do."""
-    if "NETWORK_CONNECTION" in text:
-        return f": {_network(text)}{at or ' at AWS'}; check the endpoint and that it is up"
-    if re.search(r"PERMANENT_REDIRECT|HTTP status 301|AuthorizationHeaderMalformed", text):
-        return ": the bucket is in another region; set the region"
-    if isinstance(error, PermissionError):
-        return ": the file permissions forbid it"
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return ": a file stands where a folder is needed"
-    reason = (error.strerror if isinstance(error, OSError) and error.strerror else None) or text
-    return f"{at}: {re.sub(r' *[(]Request ID: [^)]*[)]', '', reason)[:300]}"
-
-
-def _network(text: str) -> str:
-    found = re.search(r"curlCode: (\d+)", text)
-    words = {
-        "6": "no such host",
-        "7": "connection refused",
-        "18": "answers are cut short",
-        "28": "no answer in time",
-        "35": "TLS does not work (is it http:// instead of https://?)",
-        "56": "connection lost",
-        "60": "the TLS certificate is not trusted (AWS_CA_BUNDLE names your own authority)",
-    }
-    return words.get(found.group(1) if found else "", "no connection")
-
-
-def _no_bucket(scheme: str, bucket: str, endpoint: str) -> StorageError:
-    at = f" at {endpoint}" if endpoint else ""
-    message = f"there is no bucket {scheme}://{bucket}{at}; check the name, or create it"
-    return StorageError(message, "no-bucket")
-
-
 def _parts(path: str) -> list[str]:
     """The names of a relative path. Raises StorageError for `..`, which would leave the store."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
@@ -730,7 +669,7 @@ def _region(s3: S3Config, endpoint: str, bucket: str) -> str | None:
         return None
 
 
-def _pieces(source: BinaryIO | pa.NativeFile) -> Iterator[bytes]:
+def _pieces(source: BinaryIO | io.RawIOBase | pa.NativeFile) -> Iterator[bytes]:
     while piece := source.read(CHUNK_BYTES):
         yield piece
 
