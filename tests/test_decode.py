@@ -185,7 +185,7 @@ def test_what_is_converted_in_bands_has_no_seams(monkeypatch: pytest.MonkeyPatch
 
 def test_threads_take_turns_with_large_pictures() -> None:
     """Never more at once than fits, and the largest goes alone."""
-    turns = module._Turns(10)
+    turns = module.Turns(10)
     inside: list[int] = []
     seen: list[int] = []
 

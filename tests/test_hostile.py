@@ -198,6 +198,20 @@ def test_a_broken_row_group_costs_itself(tmp_path: Path) -> None:
     assert bad["error"] == "unreadable-file" and "rows 10 to 19, in row group 1" in bad["detail"]
 
 
+def test_what_is_broken_is_remembered_without_its_bytes(tmp_path: Path) -> None:
+    pictures = [bytes([i]) * 4000 for i in range(50)]
+    raw = bytearray(parquet(table(pictures), compression="none", use_dictionary=False))
+    column = pa.parquet.read_metadata(io.BytesIO(raw)).row_group(0).column(1)
+    raw[column.data_page_offset : column.data_page_offset + 20] = b"\xff" * 20
+    rows = rows_of(tmp_path, "x.parquet", bytes(raw))
+    reader = Pictures(Store.at(str(tmp_path)))
+    for row in rows:
+        with pytest.raises(SampleError, match="row group 0"):
+            reader.read(row["image"], row["place"], LIMIT)
+    (held,) = reader._groups.values()
+    assert isinstance(held.result(), str)
+
+
 def test_text_that_is_none(tmp_path: Path) -> None:
     talks = pa.array([TEXT.encode(), TEXT.replace("a", "\xff").encode("latin-1"), TEXT.encode()])
     damaged = pa.StringArray.from_buffers(3, talks.buffers()[1], talks.buffers()[2])

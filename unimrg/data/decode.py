@@ -26,7 +26,7 @@ BAND = 1 << 20  # pixels that are converted at a time
 BACKGROUND = 127  # grey, as the padding: what is transparent is as empty as what is outside
 
 
-class _Turns:
+class Turns:
     """Lets threads in as long as what they hold adds up to at most `most`."""
 
     def __init__(self, most: int) -> None:
@@ -47,7 +47,7 @@ class _Turns:
                 self.changed.notify_all()
 
 
-_turns = _Turns(AT_ONCE)
+_turns = Turns(AT_ONCE)
 
 
 def decode_image(raw: bytes, max_bytes: int, max_pixels: int, max_side: int) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unimrg.data.decode import Turns
 from unimrg.data.manifest import pair_name
 from unimrg.data.readers.entries import Broken
 from unimrg.data.readers.pages import check_pages, extent, leaves, read_footer
@@ -30,11 +31,13 @@ from unimrg.errors import SampleError, StorageError
 from unimrg.storage import Store
 
 GROUP_BYTES = 512 << 20  # unpacked pictures of a row group, which are read together
+LOADED_BYTES = 1 << 30  # of row groups that threads read at a time, packed and unpacked
 HELD_BYTES = 256 << 20  # row groups kept for their other rows; the last one always
 OPEN_FILES = 16
 RANGE = re.compile(r"(.+)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
 ROW = re.compile(r"(.+)#(\d{1,18})", re.DOTALL)
 
+_loads = Turns(LOADED_BYTES)
 Group = tuple[str, int]  # URL, row group
 
 
@@ -49,7 +52,7 @@ class Pictures:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._lock = threading.Lock()
-        self._groups: OrderedDict[Group, Future[pa.ChunkedArray]] = OrderedDict()
+        self._groups: OrderedDict[Group, Future[pa.ChunkedArray | str]] = OrderedDict()
         self._table = functools.lru_cache(OPEN_FILES)(self._open_table)
         self._folder = functools.lru_cache(OPEN_FILES)(store.beside)
         self._root = os.path.realpath(store.url) if store.is_local else ""
@@ -158,13 +161,17 @@ class Pictures:
         if mine:
             try:
                 future.set_result(self._read_group(url, number))
+            except Broken as error:  # which it stays; without the frames, which hold the file's bytes
+                future.set_result(str(error))
             except BaseException as error:
                 future.set_exception(error)
-                if not isinstance(error, Broken):  # what is broken stays so
-                    with self._lock:
-                        self._groups.pop(key, None)
+                with self._lock:
+                    self._groups.pop(key, None)
             self._shrink()
-        return future.result()
+        found = future.result()
+        if isinstance(found, str):
+            raise Broken(found)
+        return found
 
     def _read_group(self, url: str, number: int) -> pa.ChunkedArray:
         footer, leaf, _ = self._table(url)
@@ -176,10 +183,11 @@ class Pictures:
                 raise Broken(
                     f"row group {number} has {size} bytes, at most {GROUP_BYTES}; write smaller ones"
                 )
-            source.hold(start, size)
-            check_pages(source, column, GROUP_BYTES, GROUP_BYTES)
-            file = pq.ParquetFile(source, metadata=footer, read_dictionary=[leaf], pre_buffer=False)
-            return file.read_row_group(number, columns=[leaf], use_threads=False).column(0)
+            with _loads(size + max(0, column.total_uncompressed_size)):
+                source.hold(start, size)
+                check_pages(source, column, GROUP_BYTES, GROUP_BYTES)
+                file = pq.ParquetFile(source, metadata=footer, read_dictionary=[leaf], pre_buffer=False)
+                return file.read_row_group(number, columns=[leaf], use_threads=False).column(0)
         except DAMAGE as error:
             raise Broken(f"row group {number}: {error}") from error
 
@@ -196,5 +204,6 @@ class Pictures:
                 del self._groups[key]
 
 
-def _size(group: Future[pa.ChunkedArray]) -> int:
-    return 0 if group.exception() else group.result().nbytes
+def _size(group: Future[pa.ChunkedArray | str]) -> int:
+    found = None if group.exception() else group.result()
+    return int(found.nbytes) if isinstance(found, pa.ChunkedArray) else 0
