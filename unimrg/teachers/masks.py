@@ -23,7 +23,7 @@ def stability(logits: Tensor, threshold: float, offset: float) -> Tensor:
 
 
 def mask_boxes(logits: Tensor, threshold: float) -> Tensor:
-    """Left, top, right, bottom (outermost pixels), float32 [K, 4], of logits [K, H, W] cut there; 0 if none."""
+    """Left, top, right, bottom (outermost pixels), float32 [K, 4], of logits [K, H, W] above it; else 0."""
 
     def span(occupied: Tensor) -> tuple[Tensor, Tensor]:
         bits = occupied.to(torch.uint8)
