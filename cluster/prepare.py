@@ -32,7 +32,7 @@ def make_absolute(config: RunConfig) -> None:
     config.data.manifest, config.data.held_out = whole(config.data.manifest), whole(config.data.held_out)
     config.data.manifests = [whole(url) for url in config.data.manifests]
     for teacher in (config.teachers.depth, config.teachers.segmentation):
-        if Path(teacher.checkpoint).is_dir():  # anything else is a hub id
+        if teacher.checkpoint and Path(teacher.checkpoint).is_dir():  # anything else is a hub id
             teacher.checkpoint = str(Path(teacher.checkpoint).absolute())
 
 
