@@ -40,6 +40,7 @@ def read_parquet(source: Source, path: str) -> Iterator[Any]:
 
     Raises Broken when nothing of the file can be read, StorageError.
     """
+    source.ahead = 1 << 16  # texts lie in small pieces between the pictures
     footer = read_footer(source)
     try:
         types = pq.ParquetFile(source, metadata=footer, pre_buffer=False).schema_arrow

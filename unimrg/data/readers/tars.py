@@ -89,7 +89,7 @@ def _sample(source: Source, path: str, name: str, parts: Parts) -> Any:
     pictures = {suffix: part for suffix, part in parts.items() if suffix in PICTURES}
     value = _value(parts)
     if isinstance(value, dict):
-        value.setdefault("id", f"{path}/{name}")
+        value.setdefault("id", posixpath.normpath(f"{path}/{name}"))
     if not pictures:
         if isinstance(value, dict) and value.get("image") is not None:
             return Malformed(
