@@ -11,8 +11,8 @@ that warms up (and compiles); a ratio is the median of the repetitions' own rati
 faster; on a GPU the one of CPU time says little.
 
 `tiny` is a model of a few thousand random weights. A published checkpoint that can't be fetched is replaced
-by random weights of its size, and the line says so. Random weights answer with masks all over the picture: their
-scores are shifted so that a third of the masks is sure, and a threshold so that a tenth of those is drawn.
+by random weights of its size, and the line says so. Random weights answer with masks all over the picture:
+their scores are shifted so that a third of the masks is sure, a threshold so that a tenth of those is drawn.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ Item = TypeVar("Item")
 # or to a height of zero patches. Photographs and screenshots stay far below.
 MAX_ASPECT = 16
 
-# Shapes that one kind of layer is compiled for; above it torch would go on without a word, uncompiled.
-COMPILED_SHAPES = 64
+# Shapes are compiled as they are, never as dynamic ones: what runs, and how it rounds, mustn't depend on
+# earlier pictures. Above the limit torch would go on without a word, uncompiled; full batches stay below it.
+COMPILATION: dict[str, Any] = {"dynamic": False, "recompile_limit": 64}
 
 
 def check_picture(image: Any) -> None:
@@ -81,15 +82,13 @@ def in_batches(
 def compile_layers(layers: nn.ModuleList, wanted: bool | None, device: torch.device) -> bool:
     """Compiles each layer of an encoder in place, if wanted (None: on a GPU); says whether it did.
 
-    Layers rather than the whole: equal layers share their code, so it takes seconds and not minutes. Shapes
-    are compiled as they are, never as dynamic ones: what runs, and how it rounds, mustn't depend on earlier
-    pictures.
+    Layers rather than the whole: equal layers share their code, so it takes a fraction of the time.
     """
     if wanted is None:
         wanted = device.type == "cuda"
     if wanted:
         for layer in layers:
-            layer.compile(dynamic=False, recompile_limit=COMPILED_SHAPES)
+            layer.compile(**COMPILATION)
     return wanted
 
 

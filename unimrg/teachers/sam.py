@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from unimrg.errors import CheckpointError
 from unimrg.teachers import weights
+from unimrg.teachers.common import COMPILATION, compile_layers
 from unimrg.teachers.resize import normalise, resize, upload
 
 
@@ -72,6 +73,7 @@ class Sam:
         # Half precision would move the points by pixels and fray the outlines; the encoder is the dear part.
         self.model.vision_encoder.to(dtype)
         self.settings = self._read_settings(folder)
+        self._transform = self._read_picture
         self.square = int(self.model.prompt_encoder.input_image_size)
         self.position = self.model.get_image_wide_positional_embeddings().flatten(2).transpose(1, 2)[:, None]
         fed = self._fed()
@@ -99,6 +101,13 @@ class Sam:
         """The encoder's blocks."""
         found: nn.ModuleList = self.model.vision_encoder.layers
         return found
+
+    def compile(self, wanted: bool | None) -> bool:
+        """Compiles the encoder's layers and the decoder's transformer if wanted (None: on a GPU); did it?"""
+        compiled = compile_layers(self.layers(), wanted, self.device)
+        if compiled:
+            self._transform = torch.compile(self._read_picture, **COMPILATION)
+        return compiled
 
     def content(self, height: int, width: int) -> tuple[int, int]:
         """Sides of a picture when its long side is the square's, rounded."""
@@ -142,7 +151,7 @@ class Sam:
             )
             own = self._own_tokens(decoder).expand(*points.shape[:2], -1, -1)
             image = (features.image + dense).flatten(2).transpose(1, 2)[:, None]
-            tokens, seen = self._read_picture(torch.cat([own, prompts], dim=2), image)
+            tokens, seen = self._transform(torch.cat([own, prompts], dim=2), image)
             first = self.leading_tokens
             scores = decoder.iou_prediction_head(tokens[:, :, first])[..., 1:]
             # The first mask token is for single answers; the others answer part, object and whole.

@@ -20,7 +20,7 @@ from torch import Tensor
 from unimrg.errors import ConfigError, SampleError
 from unimrg.teachers import weights
 from unimrg.teachers.boundaries import tensor_boundaries
-from unimrg.teachers.common import attempt, check_picture, compile_layers, in_batches, only_full_compiled
+from unimrg.teachers.common import attempt, check_picture, in_batches, only_full_compiled
 from unimrg.teachers.masks import box_nms, mask_boxes, stability
 from unimrg.teachers.resize import enlarge, limit_side, upload
 from unimrg.teachers.sam import Features, Geometry, load_sam
@@ -68,8 +68,8 @@ class SamBoundaries:
     bfloat16, float16. pred_iou_thresh: None is the official generator's, 0.88 for SAM and 0.8 for SAM 2.
     points_per_batch (prompts decoded at once, of as many pictures as that takes) and images_per_batch
     (pictures encoded at once) change memory and rounding, not what is computed. compile: torch.compile for
-    the encoder's layers; None is: on a GPU. Only full batches run compiled. family: sam or sam2, where no
-    other will do; None takes what the checkpoint holds.
+    the encoder's layers and the decoder; None is: on a GPU. Only full batches run compiled. family: sam or
+    sam2, where no other will do; None takes what the checkpoint holds.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SamBoundaries:
             mask_threshold=float(mask_threshold),
             max_side=max_side,
         )
-        self.compiled = compile_layers(self.sam.layers(), compile, self.device)
+        self.compiled = self.sam.compile(compile)
         self.identity = {
             "name": self.sam.name,
             "version": 2,
@@ -151,9 +151,8 @@ class SamBoundaries:
         The decoder's small logits are what is kept; full-size masks live for a chunk only. A grid larger than
         a pass is decoded picture by picture; of smaller ones several share a pass.
         """
-        together = max(1, self.points_per_batch // self.rules.points_per_side**2)
-        for start in range(0, len(geometries), together):
-            part = slice(start, start + together)
+        for start in range(0, len(geometries), self._together()):
+            part = slice(start, start + self._together())
             found: list[list[Candidates]] = [[] for _ in geometries[part]]
             grids = torch.stack([self.sam.points(self.rules.points_per_side, g) for g in geometries[part]])
             for points in grids.split(self.points_per_batch, dim=1):
@@ -163,6 +162,10 @@ class SamBoundaries:
             for kept in found:
                 yield Candidates(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
 
+    def _together(self) -> int:
+        """How many pictures share a pass of the decoder."""
+        return max(1, self.points_per_batch // self.rules.points_per_side**2)
+
     def _sure_and_stable(
         self, features: Features, points: Tensor, geometries: tuple[Geometry, ...]
     ) -> Iterator[Candidates]:
@@ -171,7 +174,13 @@ class SamBoundaries:
         Only prompts with a mask that the model is sure of are drawn: the score is known before the mask is.
         As in the official code a threshold of 0 filters nothing.
         """
-        answers = self.sam.answer(features, points)
+        pictures, prompts = points.shape[:2]
+        full = pictures == self._together() and prompts in (
+            self.points_per_batch,
+            self.rules.points_per_side**2,
+        )
+        with only_full_compiled(self.compiled, full):
+            answers = self.sam.answer(features, points)
         sure = answers.scores > self.rules.pred_iou_thresh
         if self.rules.pred_iou_thresh == 0:
             sure = torch.ones_like(sure)
