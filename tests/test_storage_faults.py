@@ -184,7 +184,7 @@ def test_transient_faults_pass_and_are_counted(
     rules: list[Rule] = []
     expected = run("unbroken")
     requests, broken, counted = len(proxy.log), 0, set()
-    for number in range(0, requests, 1 if fault in THOROUGH else requests):
+    for number in range(0, requests, (2 if name == "delete" else 1) if fault in THOROUGH else requests):
         rules = [Rule(fault, skip=number, times=2 if fault in HIDDEN else 1)]
         assert run(f"broken-{number}") == expected
         broken += proxy.count(fault)
@@ -238,7 +238,7 @@ def test_what_does_not_pass_is_given_up(
         assert take_retries() == {reason: 2 * (reason == "slow-down") for reason in RETRY_REASONS}
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "lost-answer", "truncated", "wrong-content"])
+@pytest.mark.parametrize("fault", ["500", "truncated", "wrong-content"])
 def test_large_objects(
     proxy: FaultyS3, direct: Store, store: Store, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +256,7 @@ def test_large_objects(
     assert [e.path for e in direct.list()] == ["a", "large"]
 
 
-@pytest.mark.parametrize("fault", ["500", "lost-answer", "wrong-content"])
+@pytest.mark.parametrize("fault", ["lost-answer", "wrong-content"])
 def test_the_last_word_of_a_large_upload(proxy: FaultyS3, direct: Store, store: Store, fault: str) -> None:
     """Completing it fails, or is done and not answered: it is written again, over an older one."""
     direct.write_bytes("large", b"old")
@@ -426,7 +426,7 @@ def test_nothing_is_lost_or_doubled(
     draw = random.Random(seed)
     share = 1 - 0.8 ** (1 / len(TRANSIENT))
     proxy.rules = [Rule(fault, share=share, seed=seed * 100 + i) for i, fault in enumerate(TRANSIENT)]
-    sizes = [draw.choice((0, 1, len(PAGE) + 1, 5000, 200_000)) for _ in range(40)]
+    sizes = [draw.choice((0, 1, len(PAGE) + 1, 5000, 200_000)) for _ in range(24)]
     files = {f"{number % 3}/{number}": draw.randbytes(size) for number, size in enumerate(sizes)}
     old = [path for path in files if draw.random() < 0.3]
     with ThreadPoolExecutor(4) as pool:
@@ -454,11 +454,11 @@ def test_nothing_is_lost_or_doubled(
 
 
 def test_the_proxy_passes_bytes_as_they_are(proxy: FaultyS3, direct: Store, store: Store) -> None:
-    data = os.urandom(2 << 20)
+    data = os.urandom(1 << 20)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: store.write_bytes(f"p/{number}", data[number:]), range(16)))
-        read = list(pool.map(lambda number: store.read_bytes(f"p/{number}"), range(16)))
-    assert read == [data[number:] for number in range(16)]
+        list(pool.map(lambda number: store.write_bytes(f"p/{number}", data[number:]), range(8)))
+        read = list(pool.map(lambda number: store.read_bytes(f"p/{number}"), range(8)))
+    assert read == [data[number:] for number in range(8)]
     assert proxy.count() == 0
 
 

@@ -259,7 +259,7 @@ class Store:
             with self._explain("read", path), self.open_input(path) as source:
                 source.seek(min(offset, source.size()))
                 return source.read(length)
-        return self._call("read", path, partial(_OpenObject(self._open(path)).read, offset, length))
+        return bytes(self._call("read", path, partial(_OpenObject(self._open(path)).read, offset, length)))
 
     def list(self, path: str = "", recursive: bool = False) -> list[Entry]:
         """What lies in the folder, sorted by path; recursive: all objects below it, without the folders.
@@ -477,16 +477,25 @@ class Store:
             self._put(path, pieces, os.fstat(source.fileno()).st_size)
 
     def _fetch(self, entry: Entry, target: Path) -> None:
-        # Without pyarrow's wrapper around the reader there is a copy less.
-        file = self.open_input(entry.path) if self.is_local else _Reader(self, entry.path)
-        with self._explain("read", entry.path), file as source:
-            _write_local(target, _pieces(source))
+        with self._explain("read", entry.path):
+            if self.is_local:
+                with self.open_input(entry.path) as source:
+                    _write_local(target, _pieces(source))
+            else:
+                _write_local(target, self._chunks(entry.path))
         size = target.stat().st_size
         if size != entry.size:
             raise StorageError(
                 f"{self._where(entry.path)} has {size} bytes but was listed with {entry.size}; "
                 "it changed while it was copied, try again"
             )
+
+    def _chunks(self, path: str) -> Iterator[bytearray]:
+        """A stored object piece by piece, each of them repeated by itself."""
+        source, offset = _OpenObject(self._open(path)), 0
+        while piece := self._call("read", path, partial(source.read, offset, CHUNK_BYTES)):
+            yield piece
+            offset += len(piece)
 
     def _remove_all(self, found: Entry, entries: Sequence[Entry]) -> None:
         """One attempt to delete these objects; an answer that says so is not enough, they must be gone."""
@@ -534,7 +543,7 @@ class _OpenObject:
         self._open = open_file
         self._file: pa.NativeFile | None = None
 
-    def read(self, offset: int, length: int | None = None) -> bytes:
+    def read(self, offset: int, length: int | None = None) -> bytearray:
         """One attempt to read `length` bytes (None: all) from `offset` on; fewer where the object ends."""
         if self._file is None:
             self._file = self._open()
@@ -546,7 +555,7 @@ class _OpenObject:
             if retry_reason(error) == "truncated":
                 self._file = None
             raise
-        return bytes(buffer)
+        return buffer
 
     def size(self) -> int:
         if self._file is None:
@@ -601,7 +610,7 @@ class _Reader(io.RawIOBase):
             where = self._store._where(self._path)
             raise StorageError(f"{where} became shorter while it was read; try again")
         self._at += length
-        return found
+        return bytes(found)
 
 
 def _listed(filesystem: pafs.FileSystem, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
@@ -669,12 +678,12 @@ def _region(s3: S3Config, endpoint: str, bucket: str) -> str | None:
         return None
 
 
-def _pieces(source: BinaryIO | io.RawIOBase | pa.NativeFile) -> Iterator[bytes]:
+def _pieces(source: BinaryIO | pa.NativeFile) -> Iterator[bytes]:
     while piece := source.read(CHUNK_BYTES):
         yield piece
 
 
-def _write_local(target: Path, pieces: Iterable[bytes]) -> None:
+def _write_local(target: Path, pieces: Iterable[bytes | bytearray]) -> None:
     """Temporary file beside `target`, flushed to disk, then renamed over it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
