@@ -170,6 +170,16 @@ def test_truncated_and_oversized_jpegs() -> None:
         decode(claims)
 
 
+def test_scans_without_end_are_refused() -> None:
+    """A progressive JPEG may refine itself again and again: 26 bytes, and the whole picture is walked."""
+    raw = encode(SMOOTH, "JPEG", progressive=True)
+    last = raw[raw.rindex(b"\xff\xda") : -2]
+    np.testing.assert_array_equal(decode(raw[:-2] + last * 50 + raw[-2:]).shape, SMOOTH.shape)
+    for times in (100, 10_000):
+        with pytest.raises(SampleError, match="scans, at most 100"):
+            decode(raw[:-2] + last * times + raw[-2:])
+
+
 def test_what_is_converted_in_bands_has_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     alpha = RNG.integers(0, 256, (40, 60, 4), np.uint8)
     for raw in (

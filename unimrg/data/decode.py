@@ -20,6 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from unimrg.errors import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+START_OF_SCAN = b"\xff\xda"  # of a JPEG (ITU-T T.81, table B.1)
+MOST_SCANS = 100  # encoders write up to 20; each takes a walk over the whole picture, and 26 bytes
 MAX_MAP_PIXELS = 64 << 20
 AT_ONCE = 64 << 20  # pixels that all threads of a process decode at a time; a larger picture goes alone
 BAND = 1 << 20  # pixels that are converted at a time
@@ -142,6 +144,8 @@ def _open(raw: bytes, max_pixels: int) -> Image.Image:
         raise SampleError("too-large", f"{width} x {height} pixels, at most {max_pixels}")
     if width < 1 or height < 1:
         raise SampleError("corrupt-image", f"{width} x {height} pixels")
+    if image.format in ("JPEG", "MPO") and (scans := raw.count(START_OF_SCAN)) > MOST_SCANS:
+        raise SampleError("corrupt-image", f"a JPEG of {scans} scans, at most {MOST_SCANS}")
     return image
 
 
