@@ -175,7 +175,7 @@ def test_scans_without_end_are_refused() -> None:
     raw = encode(SMOOTH, "JPEG", progressive=True)
     last = raw[raw.rindex(b"\xff\xda") : -2]
     np.testing.assert_array_equal(decode(raw[:-2] + last * 50 + raw[-2:]).shape, SMOOTH.shape)
-    for times in (100, 10_000):
+    for times in (100, 1000):
         with pytest.raises(SampleError, match="scans, at most 100"):
             decode(raw[:-2] + last * times + raw[-2:])
 
