@@ -24,7 +24,16 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.pipeline import Ingest, Stored
-from unimrg.checkpoint import Progress, is_complete, load_training, mark_complete, save_training
+from cluster.session import root_cause
+from unimrg.checkpoint import (
+    Progress,
+    check_same_order,
+    is_complete,
+    load_training,
+    mark_complete,
+    read_progress,
+    save_training,
+)
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
 from unimrg.engine import Engine, gather, make_engine
@@ -60,7 +69,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return _Worker(**(arguments | {"config": from_plain(arguments["config"])})).run()
     except (_GivenUp, DataError) as error:
-        return {"error": str(error)}
+        return {"error": str(root_cause(error))}
 
 
 class _GivenUp(Exception):
@@ -225,6 +234,7 @@ class _Worker:
         folder = Path(tempfile.mkdtemp(prefix="unimrg-restore-"))
         try:
             self.store.child(CHECKPOINTS).download(name, folder)
+            check_same_order(read_progress(folder), to_plain(self.config))
             self.position = load_training(folder, engine).position
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,13 +17,14 @@ from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg.checkpoint import (
     COMPLETE,
     Progress,
+    check_same_order,
     is_complete,
     load_training,
     mark_complete,
     read_progress,
     save_training,
 )
-from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
+from unimrg.config import DataConfig, EngineConfig, FamilyConfig, RunConfig, TrainConfig, redacted, to_plain
 from unimrg.engine import Engine, make_engine
 from unimrg.errors import CheckpointError, ConfigError
 from unimrg.families.harmon import build
@@ -252,6 +253,17 @@ def test_training_states_that_can_t_be_used(tmp_path: Path) -> None:
         (folder / "state.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"no readable state\.json"):
             read_progress(folder)
+
+
+def test_a_position_means_the_same_sample() -> None:
+    """What changes the order of samples is refused; what doesn't may change between restarts."""
+    config = RunConfig(data=DataConfig(manifest="a.json"))
+    progress = Progress(2, 4, ranks=1, batch_size=4, config=redacted(config))
+    config.train.steps, config.data.unit, config.data.ahead = 999, 8, 64
+    check_same_order(progress, to_plain(config))
+    config.data.window = 2
+    with pytest.raises(CheckpointError, match=r"made with data.window=16, now it is 2.*under another name"):
+        check_same_order(progress, to_plain(config))
 
 
 def test_complete_means_every_file_in_full(tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ from unimrg.storage import Store
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 
+ORDER = (
+    "seed",
+    *(f"data.{k}" for k in ("manifest", "manifests", "shares", "held_out_count", "shard_rows", "window")),
+)
+"""What the order of samples depends on (`data.order`), so that a position means the same."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -69,6 +75,23 @@ def load_training(folder: Path, engine: Engine) -> Progress:
             f"{rng} can't be read ({first_line(error)}); continue from another checkpoint"
         ) from error
     return progress
+
+
+def check_same_order(progress: Progress, config: dict[str, Any]) -> None:
+    """Raises CheckpointError when a position means another sample under `config` (plain) than it did."""
+    for key in ORDER:
+        there, here = (_lookup(values, key) for values in (progress.config, config))
+        if there != here:
+            raise CheckpointError(
+                f"this run's checkpoints were made with {key}={there}, now it is {here}: the samples would come "
+                f"in another order; set it back, or start a new run under another name"
+            )
+
+
+def _lookup(values: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name, {})
+    return values
 
 
 def read_progress(folder: Path) -> Progress:
