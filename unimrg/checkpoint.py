@@ -83,7 +83,7 @@ def check_same_order(progress: Progress, config: dict[str, Any]) -> None:
         there, here = (_lookup(values, key) for values in (progress.config, config))
         if there != here:
             raise CheckpointError(
-                f"this run's checkpoints were made with {key}={there}, now it is {here}: the samples would come "
+                f"this run's checkpoints were made with {key}={there}, now it is {here}: samples would come "
                 f"in another order; set it back, or start a new run under another name"
             )
 
