@@ -36,13 +36,14 @@ from cluster.pipeline import (
     quiet_context,
     samples_needed,
 )
-from cluster.session import on_this_node
+from cluster.session import on_this_node, root_cause
 from cluster.teachers import add_encoder, add_teachers, identify, label_key, make_encoder
 from unimrg.config import RunConfig, from_plain
 from unimrg.data.label_store import LabelStore, Parts
 from unimrg.data.manifest import Manifest
 from unimrg.data.order import Order
 from unimrg.data.stages import MAPS, PADDING, Fetch, Keep, Sources, Unpack
+from unimrg.errors import UnimrgError
 from unimrg.storage import Store, take_retries
 
 WRITE_CPUS = 0.25
@@ -170,9 +171,12 @@ def _run(dataset: Dataset | None, kind: str, report: Report) -> None:
     """Drain a pipeline, telling of every part it wrote."""
     if dataset is None:
         return
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for told in batch["told"].to_pylist():
-            report(Told(kind, **json.loads(told)))
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for told in batch["told"].to_pylist():
+                report(Told(kind, **json.loads(told)))
+    except UnimrgError as error:
+        raise root_cause(error) from None
 
 
 # -- labels --------------------------------------------------------------------------------------------------

@@ -303,6 +303,7 @@ def quiet_context() -> None:
     """Ray Data's settings for every pipeline of ours."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else the reason is lost on the way to the driver
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from unimrg.errors import UnimrgError
+from unimrg.errors import UnimrgError, first_line
 
 # A pipeline stage, two teachers and a trainer need room side by side; logical CPUs may exceed cores.
 LAPTOP_CPUS = 8
@@ -68,6 +69,15 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """What failed inside a task or an actor, in the place of Ray's account of it in many lines."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    if isinstance(error, UnimrgError):  # Ray Data adds lines of advice
+        error.args = (first_line(error), *error.args[1:])
+    return error
+
+
 def gpus_of_cluster() -> int:
     """All GPUs that Ray knows of."""
     return int(ray.cluster_resources().get("GPU", 0))
@@ -84,5 +94,7 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_maximum_startup_concurrency", "4")
     for name, value in STORAGE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What it logs as an error it raises too, and there it becomes one sentence.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
