@@ -26,7 +26,8 @@ from unimrg.data import pictures as pictures_module
 from unimrg.data.decode import decode_image
 from unimrg.data.manifest import build_index
 from unimrg.data.pictures import Pictures
-from unimrg.data.readers import pages
+from unimrg.data.readers import find_shards, pages, read_entries
+from unimrg.data.readers.source import Source
 from unimrg.errors import DataError, SampleError
 from unimrg.storage import Store
 
@@ -124,6 +125,22 @@ def test_one_text_named_again_and_again(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(DataError, match="unpacks to more than 20 times its size"):
             rows_of(tmp_path, "y.parquet", raw)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("packing", ["none", "snappy", "gzip", "lz4"])
+def test_texts_stream_through_memory(tmp_path: Path, packing: str) -> None:
+    """20 MB of texts in one row group, of which a dictionary names some."""
+    texts = [NOISE[i : i + 2000].hex() for i in range(5000)]
+    content = pa.table({"conversations": [talk("q", text) for text in texts]})
+    raw = parquet(content, compression=packing, data_page_size=1 << 17)
+    column = pa.parquet.read_metadata(io.BytesIO(raw)).row_group(0).column(1)
+    (tmp_path / "x.parquet").write_bytes(raw)
+    store = Store.at(str(tmp_path))
+    source = Source(store, "x.parquet", 1 << 30)
+    assert 4000 <= pages.check_pages(source, column, 1 << 30, 1 << 30) < 100 << 20
+    with arrow_memory(14 << 20):
+        entries = read_entries(store, find_shards(store, "x.parquet"))
+        assert [entry["conversations"][1]["value"] for entry in entries] == texts
 
 
 def test_lists_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 A footer's sizes can lie, and a page of a few bytes can claim gigabytes. So the header of every page is read
 first (Parquet format, parquet.thrift: PageHeader, in Thrift's compact protocol) and its claims are added up.
-Strings stay dictionary-encoded when they are decoded (`text_leaves`), or one long word named a million times
-would be copied a million times; the one encoding that lets values grow otherwise, DELTA_BYTE_ARRAY, is
-refused.
+One long text that a dictionary names a million times would be copied a million times: `check_pages` says how
+much that comes to, so that such columns can be read without spelling them out. The one encoding that lets
+values grow otherwise, DELTA_BYTE_ARRAY, is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from unimrg.data.readers.source import Source
 FOOTER_BYTES = 32 << 20
 HEADER_BYTES = 1 << 20
 MOST_VALUES = 32 << 20  # of one column in one row group: a few bytes of levels and index each
-DELTA_BYTE_ARRAY = 7
+DICTIONARY_BYTES = 4 << 20  # of a dictionary that is looked into; pyarrow writes up to 1 MiB
+DICTIONARY_PAGE = 2
+PLAIN_DICTIONARY, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 2, 7, 8  # encodings
 
 
 def read_footer(source: Source) -> pq.FileMetaData:
@@ -44,12 +46,6 @@ def read_footer(source: Source) -> pq.FileMetaData:
     return footer
 
 
-def text_leaves(footer: pq.FileMetaData) -> list[str]:
-    """Paths of the columns of bytes and texts, for `read_dictionary`."""
-    columns = [footer.schema.column(i) for i in range(footer.num_columns)]
-    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-
-
 def leaves(footer: pq.FileMetaData, columns: Sequence[str]) -> list[int]:
     """Numbers of the leaf columns at or below these paths."""
     paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
@@ -66,13 +62,14 @@ def extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return start, column.total_compressed_size
 
 
-def check_pages(source: Source, column: pq.ColumnChunkMetaData, most_bytes: int, most_page: int) -> None:
-    """Raises Broken when the column's pages claim more than `most_bytes` in all or `most_page` in one.
+def check_pages(source: Source, column: pq.ColumnChunkMetaData, most_bytes: int, most_page: int) -> int:
+    """How many bytes the values that a dictionary names may come to when they are spelt out.
 
-    Both are of decompressed bytes. Raises Broken too for headers that can't be read, and StorageError.
+    Raises Broken when the column's pages claim more than `most_bytes` in all or `most_page` in one, both
+    decompressed, or when their headers can't be read. Raises StorageError.
     """
     at, size = extent(column)
-    end, total, values = at + size, 0, 0
+    end, total, values, named, longest = at + size, 0, 0, 0, 0
     if end > source.size:
         raise Broken(f"column {column.path_in_schema} ends behind the file: it is cut short")
     while at < end:
@@ -90,7 +87,32 @@ def check_pages(source: Source, column: pq.ColumnChunkMetaData, most_bytes: int,
             raise Broken(
                 f"column {column.path_in_schema} is of DELTA_BYTE_ARRAY; write it with another encoding"
             )
+        if header.get(1) == DICTIONARY_PAGE:
+            longest = max(longest, _longest(source, column, at + length, packed, page))
+        elif encoding in (PLAIN_DICTIONARY, RLE_DICTIONARY):
+            named += count
         at += length + packed
+    return named * longest
+
+
+def _longest(source: Source, column: pq.ColumnChunkMetaData, at: int, packed: int, page: int) -> int:
+    """At most how long a text of a dictionary is. at, packed: where it lies; page: its bytes, unpacked."""
+    if column.physical_type != "BYTE_ARRAY" or max(packed, page) > DICTIONARY_BYTES:
+        return page
+    source.seek(at)
+    raw = source.read(packed)
+    if column.compression != "UNCOMPRESSED":
+        try:
+            codec = {"LZ4": "lz4_raw"}.get(column.compression, column.compression.lower())
+            raw = pa.decompress(raw, page, codec, asbytes=True)
+        except (pa.ArrowException, OSError, ValueError):
+            return page
+    longest = place = 0
+    while place < len(raw):
+        length = int.from_bytes(raw[place : place + 4], "little")
+        longest = max(longest, length)
+        place += 4 + length
+    return min(longest, page)
 
 
 def _natural(value: Any, at: int) -> int:

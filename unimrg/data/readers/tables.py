@@ -17,11 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unimrg.data.readers.entries import FIELDS, Broken, Malformed, Packed
-from unimrg.data.readers.pages import check_pages, leaves, read_footer, text_leaves
+from unimrg.data.readers.pages import check_pages, leaves, read_footer
 from unimrg.data.readers.source import Source
 from unimrg.errors import SampleError
 
 BATCH_ROWS = 1024
+BATCH_PICTURES = 32
+NAMED_BYTES = 256 << 20  # of texts that a dictionary names, all spelt out
 GROUP_BYTES = 4 << 30  # of one column of a row group; it streams through memory page by page
 PAGE_BYTES = 256 << 20
 ROWS_BYTES = 64 << 20  # of rows that become Python objects at once
@@ -71,15 +73,19 @@ def _batches(
         columns.append("image.path")
     nulls = _nulls(footer, number, picture) if picture else -1
     rows = footer.row_group(number).num_rows
+    size = BATCH_ROWS
     if picture and nulls not in (0, rows):
         columns.append(picture)  # only the pictures themselves tell which are there
-    for leaf in leaves(footer, columns):
-        check_pages(source, footer.row_group(number).column(leaf), GROUP_BYTES, PAGE_BYTES)
+        size = BATCH_PICTURES
+    chunks = [footer.row_group(number).column(leaf) for leaf in leaves(footer, columns)]
+    spelt = {one.path_in_schema: check_pages(source, one, GROUP_BYTES, PAGE_BYTES) for one in chunks}
+    # Kept as indices of a dictionary; pyarrow adds all other values of the row group to it, too.
+    named = [path for path, length in spelt.items() if length > NAMED_BYTES]
     file = pq.ParquetFile(
-        source, metadata=footer, read_dictionary=text_leaves(footer), buffer_size=1 << 20, pre_buffer=False
+        source, metadata=footer, read_dictionary=named, buffer_size=1 << 20, pre_buffer=False
     )
     read = 0
-    for batch in file.iter_batches(BATCH_ROWS, [number], columns, use_threads=False):
+    for batch in file.iter_batches(size, [number], columns, use_threads=False):
         read += batch.num_rows
         batch, pictures = _without_pictures(batch)
         if picture and pictures is None:
