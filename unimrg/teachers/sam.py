@@ -163,40 +163,44 @@ class Sam:
     def _read_picture(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """The two-way transformer: tokens [B, P, n, C], pictures [B, 1, T, C] to tokens and [B, P, T, C]."""
         transformer = self.model.mask_decoder.transformer
-        queries, seen = self._first_block(transformer.layers[0], tokens, image)
-        for block in transformer.layers[1:]:
-            queries, seen, _ = block(
-                queries=queries,
-                keys=seen,
-                query_point_embedding=tokens,
-                key_point_embedding=self.position,
-                attention_similarity=None,
-            )
+        queries, seen = tokens, image
+        for block in transformer.layers:
+            queries, seen = self._block(block, tokens, queries, seen)
         read, _ = transformer.final_attn_token_to_image(
             query=queries + tokens, key=seen + self.position, value=seen
         )
         return transformer.layer_norm_final_attn(queries + read), seen
 
-    def _first_block(self, block: Any, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two-way block: all prompts still see one picture, so it is projected once for all."""
+    def _block(self, block: Any, tokens: Tensor, queries: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """One two-way block; where all prompts still see one picture, [B, 1, T, C], it is projected once."""
         placed = image + self.position
-        read, _ = block.self_attn(query=tokens, key=tokens, value=tokens)
-        queries = block.layer_norm1(read)
-        asked = (queries + tokens).flatten(1, 2)[:, None]  # tokens don't see each other here: one long row
+        asked = queries if block.skip_first_layer_pe else queries + tokens
+        read, _ = block.self_attn(query=asked, key=asked, value=queries)
+        queries = block.layer_norm1(read if block.skip_first_layer_pe else queries + read)
+        asked = queries + tokens
+        if image.shape[1] == 1:
+            asked = asked.flatten(1, 2)[:, None]  # tokens don't see each other here: they may be one long row
         read, _ = block.cross_attn_token_to_image(query=asked, key=placed, value=image)
         queries = block.layer_norm2(queries + read.reshape(queries.shape))
         queries = block.layer_norm3(queries + block.mlp(queries))
-        attention = block.cross_attn_image_to_token
+        read = self._read_tokens(block.cross_attn_image_to_token, placed, queries + tokens, queries)
+        return queries, block.layer_norm4(image + read)
+
+    def _read_tokens(self, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of many places [B, 1 or P, T, C] to few tokens [B, P, n, C], as [B, P, T, C].
+
+        The scores lie with the places last: library kernels run along the tokens, far slower on a CPU.
+        """
         heads = attention.num_attention_heads
-        query = _split(attention.q_proj(placed), heads).expand(-1, tokens.shape[1], -1, -1, -1)
-        key, value = (
-            _split(project(states), heads)
-            for project, states in ((attention.k_proj, queries + tokens), (attention.v_proj, queries))
+        query, key, value = (
+            project(states).unflatten(-1, (heads, -1)).transpose(-3, -2)
+            for project, states in zip(
+                (attention.q_proj, attention.k_proj, attention.v_proj), (query, key, value), strict=True
+            )
         )
-        query, key, value = (part.flatten(0, 1) for part in (query, key, value))
-        read = F.scaled_dot_product_attention(query, key, value)
-        read = read.transpose(1, 2).flatten(2).unflatten(0, tokens.shape[:2])
-        return queries, block.layer_norm4(image + self._project_out(attention, read))
+        scores = (key * key.shape[-1] ** -0.5) @ query.transpose(-2, -1)
+        read = scores.softmax(dim=-2).transpose(-2, -1) @ value
+        return self._project_out(attention, read.transpose(-3, -2).flatten(-2))
 
     @staticmethod
     def _project_out(attention: Any, states: Tensor) -> Tensor:
@@ -307,11 +311,6 @@ def point_grid(per_side: int, content: tuple[int, int]) -> np.ndarray:
     steps = (np.arange(per_side) + 0.5) / per_side
     x, y = np.meshgrid(steps * content[1], steps * content[0])
     return np.stack([x, y], axis=-1).reshape(-1, 2).astype(np.float32)
-
-
-def _split(states: Tensor, heads: int) -> Tensor:
-    """[..., n, C] as [..., heads, n, C / heads]."""
-    return states.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 @contextmanager
