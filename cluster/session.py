@@ -90,8 +90,8 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Teachers, trainer and pipeline start together; below this Ray warns of so many at once.
-    os.environ.setdefault("RAY_maximum_startup_concurrency", "4")
+    # Teachers, trainer and pipelines are many processes; above four times this number Ray warns of them.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     for name, value in STORAGE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("ray.train", "ray.tune"):
