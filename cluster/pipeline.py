@@ -6,7 +6,7 @@ and blocks hold exactly one worker's share of a batch, so global batch k is the 
 whatever the timing and the number of workers.
 
     units of the list ─► _ReadStored (parts of the label store) ─► _Finish(Prepare) ─► split
-    units of the list ─► _ReadRaw (pictures where they lie)     ─► _Finish(Render)  ─► split
+    units of the list ─► _Finish(_ReadRaw, pictures where they lie)                 ─► split
 
 How far it works ahead of training is counted in samples, not in bytes: `Ingest.release` holds readers back.
 """
@@ -28,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.data.expressions import col
 
 from unimrg.config import RunConfig, S3Options
 from unimrg.data.label_store import LabelStore, Parts
@@ -49,6 +48,7 @@ from unimrg.storage import Store, take_retries
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
 READ_CPUS = 0.25
+PREPARE_CPUS = 0.5
 READ_THREADS = 8
 POLL_SECONDS = 0.2
 READ_COLUMNS = ("id", "image", "place", "conversations", "depth", "masks", "error", "detail")
@@ -250,9 +250,10 @@ class Ingest:
         """Prepare iterators, one a worker, over at least `samples` usable samples from `position` on."""
         self.trained(position)
         dataset = self._dataset(myself, position, position + samples_needed(self.config, samples))
-        dataset = dataset.repartition(
-            target_num_rows_per_block=self.config.train.batch_size // workers, strict=True
-        )
+        if workers > 1:  # one worker cuts its batches itself
+            dataset = dataset.repartition(
+                target_num_rows_per_block=self.config.train.batch_size // workers, strict=True
+            )
         self._shards = dataset.streaming_split(workers, equal=True)
 
     def _dataset(self, myself: Any, start: int, stop: int) -> Dataset:
@@ -261,32 +262,32 @@ class Ingest:
         config = self.config
         side = image_side(config)
         render = Render(side, config.data.geometry)
-        unit = config.data.unit
+        # Stored pictures are rendered as they are decoded, so more of them fit, and every task costs time.
+        unit = config.data.unit if self.stored is None else max(config.data.unit, config.train.batch_size)
         spans = [{"start": at, "stop": min(at + unit, stop)} for at in range(start, stop, unit)]
         dataset = ray.data.from_items(spans, override_num_blocks=len(spans))
-        options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "num_cpus": READ_CPUS}
         if self.stored is not None:
             maps = tuple(name for name in MAPS if name in config.weights.active())
             dataset = dataset.map_batches(
                 _ReadStored,
                 fn_constructor_args=(myself, self.stored, maps, 2 * config.data.window * len(self.stored)),
+                batch_format="pyarrow",
+                batch_size=1,
+                num_cpus=READ_CPUS,
                 compute=ActorPoolStrategy(size=config.data.readers, max_tasks_in_flight_per_actor=2),
-                **options,
             )
             images = [images_of(config, url) for url in config.data.places()]
             work: Any = Prepare(Unpack(images, config.data, maps), render, self.stored[0].pixels)
         else:
             sources = [open_sources(config, url) for url in config.data.places()]
-            read = _ReadRaw(myself, Fetch(sources, config.data))
-            dataset = dataset.map_batches(read, compute=TaskPoolStrategy(size=preparers()), **options)
-            work = render
+            work = _ReadRaw(myself, Fetch(sources, config.data), render)
         return dataset.map_batches(
             _Finish(self.monitor, myself, work),
             batch_format="pyarrow",
             batch_size=None,
-            num_cpus=0.5,
+            num_cpus=PREPARE_CPUS,
             compute=TaskPoolStrategy(size=preparers()),
-        ).filter(expr=col("error") == "")
+        )
 
 
 def image_side(config: RunConfig) -> int:
@@ -314,16 +315,17 @@ def preparers() -> int:
 
 
 class _ReadRaw:
-    """A unit of positions to fetched rows."""
+    """A unit of positions to samples, from pictures where they lie."""
 
-    def __init__(self, ingest: Any, fetch: Fetch) -> None:
+    def __init__(self, ingest: Any, fetch: Fetch, render: Render) -> None:
         self.ingest = ingest
         self.fetch = fetch
+        self.render = render
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        ((start, stop),) = zip(*table.select(["start", "stop"]).to_pydict().values(), strict=True)
+        ((start, stop),) = ((unit["start"], unit["stop"]) for unit in table.to_pylist())
         ray.get(self.ingest.release.remote(start))
-        return self.fetch(ray.get(self.ingest.rows.remote(start, stop)))
+        return self.render(self.fetch(ray.get(self.ingest.rows.remote(start, stop))))
 
 
 class _ReadStored:
@@ -392,7 +394,7 @@ def join_stored(rows: pa.Table, stored: pa.Table) -> pa.Table:
 
 
 class _Finish:
-    """To samples, and the tale of what was skipped. Usable rows get the error "": filters know no null."""
+    """To usable samples, and the tale of what was skipped."""
 
     def __init__(self, monitor: Any, ingest: Any, work: Callable[[pa.Table], pa.Table]) -> None:
         self.monitor = monitor
@@ -401,9 +403,9 @@ class _Finish:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         done = self.work(table)
-        errors = done["error"].to_pylist()
         names = ("id", "position", "error", "detail")
-        bad = [row for row in done.select(names).to_pylist() if row["error"]]
+        usable = pa.compute.equal(done["error"].fill_null(""), "")
+        bad = done.filter(pa.compute.invert(usable)).select(names).to_pylist()
         for row in bad:
             row["reason"] = row.pop("error")
         positions = done["position"].to_pylist()
@@ -411,5 +413,4 @@ class _Finish:
             self.ingest.skipped.remote([row["position"] for row in bad])
         if positions:
             self.monitor.audit.remote(min(positions), max(positions) + 1, bad, take_retries())
-        column = pa.array([error or "" for error in errors], pa.string())
-        return done.set_column(done.schema.get_field_index("error"), "error", column)
+        return done.filter(usable)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 
 from unimrg.plan import Plan, Segment, Span
@@ -59,24 +60,29 @@ def pack(layouts: list[Layout]) -> Packed:
     Raises ValueError when the last stretch of a prefix or branch is an `ahead` one.
     """
     segments: list[Segment] = []
-    positions, prefixes, branches = [torch.zeros(0, dtype=torch.long)], [], []
+    positions, prefixes, branches = [np.zeros(0, np.int64)], [], []
     end = 0
     for layout in layouts:
         prefix = (end, end + sum(stretch.length for stretch in layout.prefix))
         segments += _segments(layout.prefix, (), end)
-        positions.append(torch.arange(prefix[1] - prefix[0]))
+        positions.append(np.arange(prefix[1] - prefix[0]))
         end = prefix[1]
         spans = []
         for branch in layout.branches:
             span = (end, end + sum(stretch.length for stretch in branch))
             shared = (prefix,) if prefix[1] > prefix[0] else ()
             segments += _segments(branch, shared, end)
-            positions.append(torch.arange(span[1] - span[0]) + prefix[1] - prefix[0])
+            positions.append(np.arange(span[1] - span[0]) + prefix[1] - prefix[0])
             spans.append(span)
             end = span[1]
         prefixes.append(prefix)
         branches.append(tuple(spans))
-    return Packed(Plan(end, tuple(segments)), torch.cat(positions), tuple(prefixes), tuple(branches))
+    return Packed(
+        Plan(end, tuple(segments)),
+        torch.from_numpy(np.concatenate(positions)),
+        tuple(prefixes),
+        tuple(branches),
+    )
 
 
 def _segments(stretches: Sequence[Stretch], shared: tuple[Span, ...], start: int) -> list[Segment]:

@@ -10,6 +10,7 @@ the same way in any batch on any number of workers.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,9 @@ from unimrg.families.encoder import grey, plain
 from unimrg.families.rows import IGNORE, Assembled, Block, PackedBatch, Row, Text, assemble
 from unimrg.sample import IMAGE_TASKS, PICTURES, Conversation, Sample, Task, Turn
 from unimrg.tasks import choose_prompt
+
+TEXTS = 4096
+"""Texts whose ids are kept: prompts and short answers come again and again."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class Layouted(Generic[TargetT]):
     targets: list[TargetT]
     weights: list[float]
     common: dict[str, Any]
+
+
+@functools.lru_cache(TEXTS)
+def _encoded(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class PackedProcessor(ABC, Generic[TargetT, BatchT]):
@@ -167,7 +176,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
 
     def encode(self, text: str) -> list[int]:
         """Token ids without any the tokenizer would add."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(_encoded(self.tokenizer, text))
 
     # -- samples to branches ---------------------------------------------------------------------------------
 
