@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unimrg.errors import CheckpointError, first_line
 from unimrg.teachers.fit.scenes import Scenes
 
 if TYPE_CHECKING:
@@ -79,3 +80,14 @@ def store(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor) -
     half = {name: value.half() for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
     processor.save_pretrained(folder)
+
+
+def load(model: PreTrainedModel, folder: Path) -> None:
+    """Puts stored weights into a model of the same sizes."""
+    try:
+        stored = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model.load_state_dict(stored.state_dict())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} holds no weights of these sizes ({first_line(error)}); give one that fit wrote"
+        ) from error
