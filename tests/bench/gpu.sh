@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in about half an hour: the tests, then the teachers' speed at published sizes.
+# Everything that needs a GPU: the tests, then the speed of the teachers at published sizes.
 # Results go to tests/bench/results/, or to $1. Run it from the root of the project, in its environment.
 set -euo pipefail
 
