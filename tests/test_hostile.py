@@ -262,6 +262,14 @@ def test_an_arrow_file_that_stops(tmp_path: Path) -> None:
         assert len(rows) == (31 if cut == 8 else 11 if cut == 12_000 else 21)
 
 
+def test_a_stream_without_its_schema(tmp_path: Path) -> None:
+    """Found by the fuzz: pyarrow crashes when it reads another message as a schema."""
+    content = table([NOISE[:1000]])
+    raw = arrow(content)
+    with pytest.raises(DataError, match="not with a schema"):
+        rows_of(tmp_path, "x.arrow", raw[len(content.schema.serialize()) :])
+
+
 def test_offsets_to_nowhere(tmp_path: Path) -> None:
     talks = [talk("q", "a")] * 3
     image = pa.array([b"aaaa", b"bbbb", b"cccc"])

@@ -121,7 +121,10 @@ def read_arrow(source: Source, path: str) -> Iterator[Any]:
     row = 0
     try:
         reader = pa.ipc.MessageReader.open_stream(source)
-        types = pa.ipc.read_schema(reader.read_next_message())
+        first = reader.read_next_message()
+        if first.type != "schema":  # pyarrow would take it for one and crash
+            raise Broken(f"it starts with a message of type {first.type!r}, not with a schema")
+        types = pa.ipc.read_schema(first)
         _check_columns(types)
         while True:
             message = reader.read_next_message()
