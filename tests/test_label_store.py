@@ -29,6 +29,7 @@ from unimrg.data.stages import (
     Sources,
     Unpack,
     frozen_pictures,
+    stored_name,
 )
 from unimrg.errors import DataError
 from unimrg.sample import Sample, Task
@@ -284,3 +285,22 @@ def test_lines_are_kept_in_one_bit_and_greys_in_eight() -> None:
     assert np.array_equal(np.asarray(opened["depth"]), greys)
     assert np.array_equal(np.asarray(opened["segmentation"].convert("L")), lines)
     assert kept["image"] is None and Task.DEPTH.value in kept
+
+
+def test_stored_maps_come_back_as_they_are(data: tuple[Manifest, Path], tmp_path: Path) -> None:
+    """Maps beside the pictures, as `teachers=stored` reads them, are those that were written."""
+    manifest, folder = data
+    direct = fetched(manifest, folder, 0, len(manifest)).drop_columns("encoded")
+    names = manifest.rows(np.arange(len(manifest)))["image"].to_pylist()
+    maps = Store.at(str(tmp_path / "maps"))
+    for name, row in zip(
+        names, Keep(False)(direct.append_column("encoded", direct["image"])).to_pylist(), strict=True
+    ):
+        for kind in ("depth", "segmentation"):
+            if row[kind] is not None:
+                maps.write_bytes(f"{kind}/{stored_name(name)}", row[kind])
+    sources = Sources(Store.at(str(folder)), "stored", "stored", maps)
+    again = Fetch(sources, DataConfig())(rows_of(manifest, 0, len(manifest))).drop_columns("encoded")
+    assert again.equals(direct)
+    lines = [row["segmentation"] for row in again.to_pylist() if row["segmentation"]]
+    assert lines and all(b"\xff" in line for line in lines)

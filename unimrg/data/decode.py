@@ -107,6 +107,18 @@ def decode_map(raw: bytes, max_pixels: int = MAX_MAP_PIXELS) -> np.ndarray:
     return array
 
 
+def decode_label(raw: bytes, max_pixels: int = MAX_MAP_PIXELS) -> np.ndarray:
+    """What a teacher said, [H, W]: uint8 as it is, one bit as 0 and 255, anything wider as `decode_map`.
+
+    Raises SampleError as `decode_map` does.
+    """
+    with _numbers(raw, max_pixels) as array:
+        if array.dtype in (np.uint8, np.bool_):
+            grey = array[..., 0] if array.ndim == 3 else array
+            return grey.astype(np.uint8) * (255 if grey.dtype == np.bool_ else 1)
+    return decode_map(raw, max_pixels)
+
+
 def decode_masks(raw: bytes, max_pixels: int = MAX_MAP_PIXELS) -> np.ndarray:
     """Instance ids, int32 [H, W], 0 = background.
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 from PIL import Image
 
 from unimrg.config import DataConfig
-from unimrg.data.decode import decode_image, decode_map, decode_masks
+from unimrg.data.decode import decode_image, decode_label, decode_map, decode_masks
 from unimrg.data.geometry import render_sample
 from unimrg.data.label_store import CODES, LABELS
 from unimrg.data.manifest import pair_name
@@ -435,10 +435,14 @@ def _grey(raw: bytes) -> np.ndarray:
 
 
 def _decode_grey(raw: bytes) -> np.ndarray:
+    """A stored map, uint8 [H, W]. Only numbers wider than that are still to be stretched."""
+    values = decode_label(raw)
+    if values.dtype == np.uint8:
+        return values
+    # Not at the top: it needs torch, whose import is most of what starting a reader takes.
     from unimrg.teachers.oracle import oracle_depth
 
-    values = decode_map(raw)
-    return values if values.dtype == np.uint8 else oracle_depth(values)
+    return oracle_depth(values)
 
 
 def _fit(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
