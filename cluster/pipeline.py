@@ -36,6 +36,7 @@ from unimrg.data.order import Epochs, Order
 from unimrg.data.stages import (
     MAPS,
     STORED,
+    Draw,
     Fetch,
     Prepare,
     Render,
@@ -44,6 +45,7 @@ from unimrg.data.stages import (
     wanted_maps,
 )
 from unimrg.errors import DataError
+from unimrg.sample import PICTURES
 from unimrg.storage import Store, take_retries
 
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
@@ -54,6 +56,8 @@ POLL_SECONDS = 0.2
 READ_COLUMNS = ("id", "image", "place", "conversations", "depth", "masks", "error", "detail")
 MANIFEST_COLUMNS = ("id", "position", "source", "conversations", "image", "place")
 STEPS_AHEAD = 16
+UNITS_AHEAD = 4
+UNIT_BYTES = 64 << 20
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -164,7 +168,7 @@ class Ingest:
         self.manifests = [open_manifest(url, self.config.s3, data.group_by_image) for url in data.places()]
         self.order = open_order(self.config, self.manifests)
         self.stored = stored
-        self.ahead = data.ahead or max(STEPS_AHEAD * self.config.train.batch_size, 4 * data.unit)
+        self.ahead = data.ahead or max(STEPS_AHEAD * self.config.train.batch_size, UNITS_AHEAD * data.unit)
         self._moved = threading.Condition()
         self._trained = 0
         self._bad: list[int] = []
@@ -262,8 +266,9 @@ class Ingest:
         config = self.config
         side = image_side(config)
         render = Render(side, config.data.geometry)
-        # Stored pictures are rendered as they are decoded, so more of them fit, and every task costs time.
-        unit = config.data.unit if self.stored is None else max(config.data.unit, config.train.batch_size)
+        # Every task costs some milliseconds, so a unit is as large as work ahead and memory allow.
+        fitting = min(self.ahead // UNITS_AHEAD, UNIT_BYTES // (len(PICTURES) * 3 * side * side))
+        unit = max(config.data.unit, fitting)
         spans = [{"start": at, "stop": min(at + unit, stop)} for at in range(start, stop, unit)]
         dataset = ray.data.from_items(spans, override_num_blocks=len(spans))
         if self.stored is not None:
@@ -280,7 +285,7 @@ class Ingest:
             work: Any = Prepare(Unpack(images, config.data, maps), render, self.stored[0].pixels)
         else:
             sources = [open_sources(config, url) for url in config.data.places()]
-            work = _ReadRaw(myself, Fetch(sources, config.data), render)
+            work = _ReadRaw(myself, Draw(Fetch(sources, config.data), render))
         return dataset.map_batches(
             _Finish(self.monitor, myself, work),
             batch_format="pyarrow",
@@ -317,15 +322,14 @@ def preparers() -> int:
 class _ReadRaw:
     """A unit of positions to samples, from pictures where they lie."""
 
-    def __init__(self, ingest: Any, fetch: Fetch, render: Render) -> None:
+    def __init__(self, ingest: Any, draw: Draw) -> None:
         self.ingest = ingest
-        self.fetch = fetch
-        self.render = render
+        self.draw = draw
 
     def __call__(self, table: pa.Table) -> pa.Table:
         ((start, stop),) = ((unit["start"], unit["stop"]) for unit in table.to_pylist())
         ray.get(self.ingest.release.remote(start))
-        return self.render(self.fetch(ray.get(self.ingest.rows.remote(start, stop))))
+        return self.draw(ray.get(self.ingest.rows.remote(start, stop)))
 
 
 class _ReadStored:

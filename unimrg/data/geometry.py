@@ -10,6 +10,8 @@ Pillow's `resize` averages over as many pixels as the factor asks for, so shrink
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
@@ -149,10 +151,13 @@ def _box(height: int, width: int, side: int) -> Box:
 def _largest(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Resize [H, W] by the maximum over the pixels that a target pixel covers; nearest when enlarging."""
     for axis, length in enumerate(shape):
-        if image.shape[axis] != length:
-            starts = np.arange(length) * image.shape[axis] // length
-            # Where two starts are equal (enlarging), reduceat gives that one element.
-            image = np.maximum.reduceat(image, starts, axis=axis)
+        size = image.shape[axis]
+        if size != length:
+            starts = np.arange(length) * size // length
+            last = np.maximum(np.append(starts[1:], size) - 1, starts)
+            # A gather for each place in a cell: many times as fast as `reduceat`.
+            places = (np.minimum(starts + k, last) for k in range(int((last - starts).max()) + 1))
+            image = functools.reduce(np.maximum, (image.take(place, axis) for place in places))
     return image
 
 

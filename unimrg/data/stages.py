@@ -2,8 +2,8 @@
 
     labelling    manifest rows ─► Fetch ─► Teach(depth) ─► Teach(segmentation) ─► Keep ─► label store
                  label store ─► Unpack ─► Encode ─► label store (frozen codes)
-    training     label store ─► Unpack ─► Render ─► samples
-                 manifest rows ─► Fetch ─► Render ─► samples        (maps that need no model)
+    training     label store ─► Prepare (Unpack, Render) ─► samples
+                 manifest rows ─► Draw (Fetch, Render) ─► samples   (maps that need no model)
 
 Each takes and returns a pyarrow.Table and never raises for a bad sample: the row gets `error` (one of
 `SampleError.REASONS`) and `detail`, later stages pass it on untouched. Pictures and maps travel as raw bytes
@@ -123,10 +123,11 @@ class Fetch:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = list(pool.map(self._row, table.to_pylist()))
+            rows = list(pool.map(self.row, table.to_pylist()))
         return pa.Table.from_pylist(rows, schema=FETCHED)
 
-    def _row(self, row: Row) -> Row:
+    def row(self, row: Row) -> Row:
+        """One row of a manifest as one of FETCHED."""
         fetched = {name: row.get(name) for name in CARRIED}
         if fetched["error"]:
             return fetched
@@ -353,6 +354,19 @@ class Render:
         record = Record(row["id"], load_conversations(row["conversations"]), picture("image", 3))
         labels = Labels(picture("depth"), picture("segmentation"))
         return render_sample(record, labels, row["position"], self.side, self.geometry).to_row()
+
+
+class Draw:
+    """Manifest rows (plus `position`) to samples, one by one: pictures in full size don't add up."""
+
+    def __init__(self, fetch: Fetch, render: Render) -> None:
+        self.fetch = fetch
+        self.render = render
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            rows = list(pool.map(lambda row: self.render.row(self.fetch.row(row)), table.to_pylist()))
+        return pa.Table.from_pylist(rows, schema=SAMPLES)
 
 
 class Prepare:
