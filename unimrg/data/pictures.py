@@ -58,7 +58,8 @@ class Pictures:
         self._root = os.path.realpath(store.url) if store.is_local else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Pictures, (self.store,)
+        # Tasks of one process unpickle it again and again: they share what it holds.
+        return _of_this_process, (self.store,)
 
     def read(self, image: str, place: str | None, limit: int) -> bytes:
         """The encoded picture, at most `limit` bytes.
@@ -187,7 +188,9 @@ class Pictures:
                 source.hold(start, size)
                 check_pages(source, column, GROUP_BYTES, GROUP_BYTES)
                 file = pq.ParquetFile(source, metadata=footer, read_dictionary=[leaf], pre_buffer=False)
-                return file.read_row_group(number, columns=[leaf], use_threads=False).column(0)
+                group = file.read_row_group(number, columns=[leaf], use_threads=False).column(0)
+                group.validate(full=True)  # indices of its dictionary may lead out of it
+                return group
         except DAMAGE as error:
             raise Broken(f"row group {number}: {error}") from error
 
@@ -202,6 +205,11 @@ class Pictures:
                     return
                 total -= sizes[key]
                 del self._groups[key]
+
+
+@functools.lru_cache(8)
+def _of_this_process(store: Store) -> Pictures:
+    return Pictures(store)
 
 
 def _size(group: Future[pa.ChunkedArray | str]) -> int:
