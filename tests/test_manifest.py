@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.s3 import S3Server
 from unimrg.data import manifest as module
-from unimrg.data.manifest import Manifest, build_index, epoch_order, pair_name, parse_entry
+from unimrg.data.manifest import Manifest, build_index, pair_name, parse_entry
 from unimrg.data.readers import text as text_module
 from unimrg.data.readers.text import read_json, read_jsonl
 from unimrg.errors import DataError, SampleError
@@ -429,24 +429,3 @@ def _folder_with(tmp_path: Path) -> Path:
     for form in ("json", "jsonl", "parquet"):
         write(folder, ENTRIES, form)
     return folder
-
-
-# Order
-
-
-def test_epoch_order() -> None:
-    order = epoch_order(1000, seed=3, epoch=2)
-    assert order.dtype == np.int64
-    assert sorted(order) == list(range(1000))
-    assert np.array_equal(order, epoch_order(1000, 3, 2))
-    for other in (epoch_order(1000, 3, 3), epoch_order(1000, 4, 2), np.arange(1000)):
-        assert (order == other).mean() < 0.02
-    assert len(epoch_order(0, 0, 0)) == 0 and len(epoch_order(5, -1, 0)) == 5
-
-
-def test_epoch_order_never_changes() -> None:
-    """A run resumed years later must go on in its order: these numbers are a promise."""
-    assert epoch_order(8, seed=0, epoch=0).tolist() == GOLDEN
-
-
-GOLDEN = [0, 2, 1, 5, 4, 3, 6, 7]

@@ -1,7 +1,7 @@
 """Data sets in the LLaVA form, whatever file holds them, read once into a local index.
 
     manifest = build_index(Store.at("s3://bucket/data"), "mix665k.json", "~/.cache/unimrg")
-    manifest.rows(epoch_order(len(manifest), seed=0, epoch=0)[:32])      # pyarrow.Table, random access
+    manifest.rows([7, 3, 7])      # pyarrow.Table, random access
 
 An entry is `{id?, image?, conversations: [{from: human|gpt, value}], depth?, masks?}`, and for evaluation
 `{family?, pair?, conflict?}` too; see `unimrg.data.readers` for the files. The index is an Arrow file that
@@ -65,20 +65,6 @@ EVALUATION = ("family", "pair", "conflict")
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]")
 MARKER = re.compile(r"<image>\n|\n<image>|<image>")
-
-
-# Order
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `n` samples in one epoch: int64 [n], a permutation.
-
-    Depends on (n, seed, epoch) alone, never on the number of workers. Built from Philox's raw bits, which
-    numpy promises to keep, and not from `Generator.permutation`, which may change with numpy: a run resumed
-    after an upgrade must go on in the same order.
-    """
-    key = np.array([seed % 2**64, epoch % 2**64], np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
 def pair_name(path: str) -> str:
