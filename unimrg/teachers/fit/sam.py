@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 # Of the mask generator, chosen on scenes that are neither trained on nor reported.
 SETTINGS = SamConfig(
-    points_per_side=8,
+    points_per_side=7,
     points_per_batch=64,
-    pred_iou_thresh=0.7,
-    stability_score_thresh=0.8,
-    box_nms_thresh=0.6,
+    pred_iou_thresh=0.55,
+    stability_score_thresh=0.6,
+    box_nms_thresh=0.3,
 )
 
 SQUARE, PATCH, WIDTH = 120, 10, 64  # what the encoder sees, in pixels; width of the decoder
