@@ -1,4 +1,4 @@
-"""Trains a small teacher on scenes, measures it on others, and writes both: 15 minutes of an idle core.
+"""Trains a small teacher on scenes, measures it on others, and writes both: 15 minutes of a core or less.
 
 python -m unimrg.teachers.fit depth --out unimrg/teachers/assets/depth_tiny
 python -m unimrg.teachers.fit sam --out unimrg/teachers/assets/sam_tiny

@@ -69,7 +69,7 @@ def sam_quality(folder: Path, scenes: Scenes, settings: SamConfig) -> Quality:
 
 
 def label(teacher: Teacher, scenes: Scenes) -> tuple[list[np.ndarray], float]:
-    """The teacher's maps, eight pictures a call as in a job, and how many it makes in a second of one core."""
+    """The teacher's maps, eight pictures a call, and how many it makes in a second of one core."""
     pictures = list(scenes.rgb)
     teacher(pictures[:8])  # the first call allocates
     began, maps = time.process_time(), []
