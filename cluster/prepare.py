@@ -8,9 +8,11 @@ from pathlib import Path
 
 from cluster.pipeline import images_of, open_manifest, split_url
 from unimrg.config import RunConfig
-from unimrg.errors import DataError
+from unimrg.errors import ConfigError, DataError
 from unimrg.storage import Store
 from unimrg.weights import PLACES, absolute, check_reachable
+
+TINY = "tiny"  # the word by which checkpoints of the package's own small teachers are asked for
 
 
 def make_absolute(config: RunConfig) -> None:
@@ -39,6 +41,7 @@ def make_absolute(config: RunConfig) -> None:
 def prepare_data(config: RunConfig) -> None:
     """Write the embedded data set where none is named, and point the config at it."""
     if config.data.manifest or config.data.manifests:
+        _check_teachers(config)
         return
     from unimrg.data.scenes.write import SceneSettings, write
 
@@ -52,6 +55,19 @@ def prepare_data(config: RunConfig) -> None:
     config.data.images = root.url
     config.data.manifest = f"{root.url}/train.json"
     config.data.held_out = f"{root.url}/test.json"
+
+
+def _check_teachers(config: RunConfig) -> None:
+    """Raises ConfigError for teachers that have seen nothing but the embedded scenes."""
+    for name, checkpoint in (
+        ("depth", config.teachers.depth.checkpoint),
+        ("segmentation", config.teachers.segmentation.checkpoint),
+    ):
+        if checkpoint == TINY:
+            raise ConfigError(
+                f"teachers.{name}.checkpoint is `{TINY}`, which knows only the embedded scenes; for other "
+                "pictures choose teachers=depth_anything_sam, or teachers=oracle if the data set has labels"
+            )
 
 
 def check_data(config: RunConfig) -> None:

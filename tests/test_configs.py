@@ -72,9 +72,13 @@ def test_options_say_what_they_are() -> None:
 
 
 def test_the_default_run_is_that_of_the_dataclasses() -> None:
-    scenes = DataConfig(window=4)
-    assert compose("train", [], RunConfig) == RunConfig(data=scenes)
-    assert compose("label", [], LabelConfig) == LabelConfig(data=scenes, labels=LabelsConfig(codes=False))
+    """But for the scenes' own values and the teachers that know them."""
+    assert compose("train", ["teachers=oracle"], RunConfig) == RunConfig(data=DataConfig(window=4))
+    assert compose("label", ["teachers=oracle"], LabelConfig) == LabelConfig(
+        data=DataConfig(window=4), labels=LabelsConfig(codes=False)
+    )
+    teachers = compose("train", [], RunConfig).teachers
+    assert teachers.depth.checkpoint == teachers.segmentation.checkpoint == "tiny"
     values = compose("generate", NEEDED["generate"], GenerateConfig)
     assert values == GenerateConfig(checkpoint="model", image="a.jpg", task="depth")
 
@@ -132,7 +136,7 @@ REFUSED = {
     ("train", "weights=understanding_only weights.understanding=0"): "all four are 0",
     ("train", "name=a/b"): "must be one word",
     ("train", "teachers.depth.name=sam"): "teachers.depth.name: unknown value 'sam'",
-    ("train", "teachers.depth.name=depth_anything"): "teachers.depth.checkpoint is empty",
+    ("train", "teachers=oracle teachers.depth.name=depth_anything"): "teachers.depth.checkpoint is empty",
     ("train", "teachers.depth.name=stored"): "set teachers.stored",
     ("train", "family.dropout=1.5"): "family.dropout: 1.5 is out of range",
     ("train", "seed=-1"): "seed: -1 is out of range",

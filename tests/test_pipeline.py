@@ -197,13 +197,15 @@ def test_rows_are_picked_out_of_many_tables() -> None:
     ("words", "expected"),
     [
         ([], True),
-        (["labels.codes=false"], False),  # the data set's own maps need no store
-        (["labels.mode=off"], False),
+        (["labels.codes=false"], True),
+        (["teachers=oracle"], True),
+        (["teachers=oracle", "labels.codes=false"], False),  # the data set's own maps need no store
+        (["teachers=oracle", "labels.mode=off"], False),
         (["weights=understanding_only"], False),
         (["teachers=depth_anything_sam", "labels.codes=false"], True),
         (["teachers=depth_anything_sam", "weights=understanding_only"], False),
         (["teachers=depth_anything_sam", "weights.segmentation=0", "labels.codes=false"], True),
-        (["data.group_by_image=false"], False),
+        (["teachers=oracle", "data.group_by_image=false"], False),
     ],
 )
 def test_when_a_store_is_used(words: list[str], expected: bool) -> None:
