@@ -348,7 +348,7 @@ def lose_a_node(data: str, store: str, log: str) -> None:
     nodes = Cluster(initialize_head=True, head_node_args=room | {"include_dashboard": False})
     second = nodes.add_node(**room, labels={"pool": "teacher"})
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
-    pool = [f"teachers.{name}.node_labels=[pool=teacher]" for name in ("depth", "segmentation")]
+    pool = [f"teachers.{name}.node_labels=['pool=teacher']" for name in ("depth", "segmentation")]
     failures: list[BaseException] = []
 
     def work() -> None:

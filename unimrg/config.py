@@ -235,7 +235,7 @@ class PoolConfig:
     accelerator_type: str = knob("", "run only on this kind of GPU, like A10G or H100, as Ray names them")
     node_labels: list[str] = field(
         default_factory=list,
-        metadata={"help": "run only on nodes with these Ray labels, like [pool=teacher]"},
+        metadata={"help": "run only on nodes with these Ray labels, like ['pool=teacher']"},
     )
 
     def check(self, key: str) -> None:
