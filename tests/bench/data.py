@@ -94,12 +94,13 @@ class Job:
         """Samples that a pipeline must be able to give, the end left out of what is measured."""
         return 2 * self.samples + 2 * WARM_BATCHES * self.batch_size
 
-    def config(self, *words: str) -> RunConfig:
+    def config(self, *words: str, teachers: str = "oracle") -> RunConfig:
         """A training run on the prepared data."""
         config = compose(
             "train",
             [
                 "data=llava",
+                f"teachers={teachers}",
                 f"data.manifest={self.root}/train.json",
                 "data.held_out_count=0",
                 f"data.shard_rows={SHARD_ROWS}",
@@ -122,7 +123,8 @@ def prepare(job: Job, scenes: int) -> None:
     """Scenes and labels by the commands a user has; files and tars of the same labels for the others."""
     _command("unimrg.data.scenes", "write", job.root, "--train", str(scenes), "--test", "2")
     words = ["data=llava", f"data.manifest={job.root}/train.json", f"labels.store={job.root}/labels"]
-    _command("unimrg.label", *words, f"data.shard_rows={SHARD_ROWS}", "labels.codes=true")
+    words += ["teachers=oracle", "labels.codes=true", f"data.shard_rows={SHARD_ROWS}"]
+    _command("unimrg.label", *words)
     config = job.config("labels.mode=cached")
     (stored,) = open_stores(config, wait=False)
     rows = open_manifest(config.data.manifest, S3Options(), True).rows(np.arange(scenes)).to_pylist()
@@ -178,10 +180,10 @@ def make_processor(from_codes: bool = False) -> Any:
 def ours(job: Job, variant: str) -> Iterator[Batch]:
     """The pipeline of a training run, without the training."""
     coded = variant == "cached_codes"
-    maps = f"teachers.stored={job.root}/maps"
-    config = job.config(
-        *(["labels.mode=off", "teachers=stored", maps] if variant == "raw_images" else ["labels.mode=cached"])
-    )
+    if variant == "raw_images":
+        config = job.config("labels.mode=off", f"teachers.stored={job.root}/maps", teachers="stored")
+    else:
+        config = job.config("labels.mode=cached")
     processor = make_processor(coded)
     with ray_session(), tempfile.TemporaryDirectory() as folder:
         stored = None if variant == "raw_images" else open_stores(config, wait=False)
