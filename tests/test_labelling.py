@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cluster.session import ray_session
+from tests.bench.backpressure import measure
 from tests.faulty_s3 import Rule, faulty
 from tests.pipelines import (
     BAD,
@@ -272,3 +273,21 @@ def test_what_only_people_can_mend_stops_with_one_sentence(
     assert "\n" not in sentence and len(sentence) < 400, sentence
     assert "Traceback" not in sentence and "ray" not in sentence.replace("array", ""), sentence
     assert isinstance(caught.value, StorageError)
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "trainer"), [(0.1, 0.01), (0.01, 0.1)])
+def test_memory_is_bounded_whichever_side_is_slower(teacher: float, trainer: float, tmp_path: Path) -> None:
+    """The object store holds a small part of what passes it, and no process grows from half to half."""
+    pictures = write_pictures(tmp_path / "data", 320, 512, maps=False)
+    found = measure(pictures, tmp_path / "run", teacher, trainer, samples=304)
+    assert found["volume_mib"] > 400
+    assert found["object_store_mib"]["peak"] < found["volume_mib"] / 2, found
+    assert found["spilled_mib"] == 0, found
+    for kind in ("labeller", "ingest", "teachers"):  # readers start only when labels are there
+        heap = found["heap_mib"][kind]
+        assert heap["second half"] < heap["first half"] + 100, (kind, heap)
+    assert found["heap_mib"]["reader"]["peak"] < 400, found
