@@ -508,8 +508,8 @@ class RunConfig:
                 )
             if teacher.is_model and not self.data.group_by_image and task in self.weights.active():
                 raise ConfigError(
-                    f"data.group_by_image is false, but what teachers.{task.value} says is stored by picture; "
-                    f"set it to true"
+                    f"data.group_by_image is false, but the labels of teachers.{task.value} are stored by "
+                    "picture; set it to true"
                 )
 
 
