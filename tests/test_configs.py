@@ -142,7 +142,7 @@ REFUSED = {
     ("train", "seed=-1"): "seed: -1 is out of range",
     ("train", "teachers.depth.name=none"): "teachers.depth is `none`, so nobody draws it",
     ("train", "teachers=depth_anything_sam labels.mode=off"): "teachers.depth is a model; use labels.mode",
-    ("train", "teachers=depth_anything_sam data.group_by_image=false"): "are stored by picture; set it to true",
+    ("train", "teachers=depth_anything_sam data.group_by_image=false"): "are stored by picture",
     ("train", "labels.mode=cache"): "labels.mode: unknown value 'cache'; did you mean 'cached'",
     ("train", "data.unit=24"): "data.shard_rows: 64 must be a multiple of data.unit = 24",
     ("train", "data.manifest=a.json data.manifests=[b.json]"): "both set; name each data set once",
