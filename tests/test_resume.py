@@ -186,6 +186,7 @@ def titles() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_and_resumed_with_other_workers(
     seed: int, data: Path, undisturbed: tuple[Path, list[Step]], tmp_path: Path
