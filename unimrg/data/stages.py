@@ -118,13 +118,15 @@ class Fetch:
     def __init__(self, sources: Sources | Sequence[Sources], limits: DataConfig, keep: bool = False) -> None:
         self.sources = [sources] if isinstance(sources, Sources) else list(sources)
         self.pictures = [Pictures(one.images) for one in self.sources]
+        self.stored = [
+            {name: Pictures(one.stored.child(name)) for name in MAPS} if one.stored else {}
+            for one in self.sources
+        ]
         self.limits = limits
         self.keep = keep
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = list(pool.map(self.row, table.to_pylist()))
-        return pa.Table.from_pylist(rows, schema=FETCHED)
+        return _each(self.row, table, FETCHED)
 
     def row(self, row: Row) -> Row:
         """One row of a manifest as one of FETCHED."""
@@ -167,9 +169,7 @@ class Fetch:
 
     def _stored(self, name: str, image: str, source: int) -> bytes:
         """The map file, under our name or one of the published scripts'."""
-        stored = self.sources[source].stored
-        assert stored is not None
-        folder = Pictures(stored.child(name))
+        folder = self.stored[source][name]
         for path in (stored_name(image), *_published_names(pair_name(image))):
             try:
                 return folder.read(path, None, self.limits.max_bytes)
@@ -241,9 +241,7 @@ class Unpack:
         self.maps = tuple(maps)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = list(pool.map(self.row, table.to_pylist()))
-        return pa.Table.from_pylist(rows, schema=FETCHED)
+        return _each(self.row, table, FETCHED)
 
     def row(self, row: Row) -> Row:
         """One row of STORED as one of FETCHED."""
@@ -364,9 +362,7 @@ class Draw:
         self.render = render
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = list(pool.map(lambda row: self.render.row(self.fetch.row(row)), table.to_pylist()))
-        return pa.Table.from_pylist(rows, schema=SAMPLES)
+        return _each(lambda row: self.render.row(self.fetch.row(row)), table, SAMPLES)
 
 
 class Prepare:
@@ -381,9 +377,7 @@ class Prepare:
         self.needs_pixels = needs_pixels
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
-            rows = list(pool.map(self._row, table.to_pylist()))
-        return pa.Table.from_pylist(rows, schema=SAMPLES)
+        return _each(self._row, table, SAMPLES)
 
     def _row(self, row: Row) -> Row:
         coded = {name: row[name] for name in CODE_COLUMNS if row.get(name) is not None}
@@ -395,6 +389,12 @@ class Prepare:
             return plain | dict.fromkeys(task.value for task in IMAGE_TASKS) | coded
         kept = {name: row[name] for name in CARRIED if name != "part"}
         return kept | coded | {"side": row["side"], "valid": row["valid"]}
+
+
+def _each(work: Callable[[Row], Row], table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`work` on every row, several at once: most of it waits for storage."""
+    with ThreadPoolExecutor(FETCH_THREADS) as pool:
+        return pa.Table.from_pylist(list(pool.map(work, table.to_pylist())), schema=schema)
 
 
 def decode_picture(raw: bytes, limits: DataConfig) -> np.ndarray:
