@@ -92,7 +92,8 @@ def label_key(config: RunConfig, url: str, images: str, manifest: Manifest) -> d
     }
     if teachers.segmentation.is_model:
         asked["sam"] = dataclasses.asdict(teachers.sam)
-        del asked["sam"]["points_per_batch"]  # memory against speed
+        for name in ("points_per_batch", "images_per_batch"):  # memory against speed
+            del asked["sam"][name]
     asked["stored"] = teachers.stored
     data = config.data
     return {
