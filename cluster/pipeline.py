@@ -315,8 +315,8 @@ def quiet_context() -> None:
 
 
 def preparers() -> int:
-    """Tasks that decode and render at once: they must keep ahead of training, not take its cores."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 4)
+    """Tasks that decode and render at once, a core each. They rest when they are far enough ahead."""
+    return max(2, int(ray.cluster_resources().get("CPU", 1)) // 2)
 
 
 class _ReadRaw:

@@ -108,38 +108,59 @@ class Sample:
         return tuple(task for task in IMAGE_TASKS if task in self.targets or task in coded)
 
     def to_row(self) -> dict[str, Any]:
-        """Plain scalars for Arrow; `from_row` restores the sample exactly."""
+        """Plain scalars for Arrow; `from_row` restores the sample exactly.
+
+        What is known already doesn't travel: one channel of grey drawings, nothing of a target that is the
+        image itself.
+        """
         row: dict[str, Any] = {
             "id": self.id,
             "position": self.position,
             "conversations": dump_conversations(self.conversations),
             "side": 0 if self.image is None else int(self.image.shape[0]),
             "valid": list(self.valid),
-            "image": None if self.image is None else self.image.tobytes(),
+            "image": None if self.image is None else _to_bytes(self.image),
         }
         for task in IMAGE_TASKS:
             target = self.targets.get(task)
-            row[task.value] = None if target is None else target.tobytes()
+            same = target is not None and target is self.image
+            row[task.value] = None if target is None else b"" if same else _to_bytes(target)
         return row | _codes_to_row(self.codes)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Sample:
+        """Inverse of `to_row`."""
         side = int(row["side"])
-
-        def picture(raw: bytes | None) -> np.ndarray | None:
-            return None if raw is None else np.frombuffer(raw, np.uint8).reshape(side, side, 3)
-
-        targets = {task: picture(row[task.value]) for task in IMAGE_TASKS}
+        image = None if row["image"] is None else _from_bytes(row["image"], side)
+        targets = {}
+        for task in IMAGE_TASKS:
+            if (raw := row[task.value]) is not None:
+                targets[task] = _from_bytes(raw, side) if raw or image is None else image
         left, top, right, bottom = (int(v) for v in row["valid"])
         return cls(
             id=row["id"],
             position=int(row["position"]),
             conversations=load_conversations(row["conversations"]),
-            image=picture(row["image"]),
-            targets={task: target for task, target in targets.items() if target is not None},
+            image=image,
+            targets=targets,
             valid=(left, top, right, bottom),
             codes=_codes_from_row(row),
         )
+
+
+def grey_picture(values: np.ndarray) -> np.ndarray:
+    """[S, S] as [S, S, 3] without a copy, and so not to be written to."""
+    return np.broadcast_to(values[..., None], (*values.shape, 3))
+
+
+def _to_bytes(picture: np.ndarray) -> bytes:
+    return (picture if picture.strides[2] else picture[..., 0]).tobytes()
+
+
+def _from_bytes(raw: bytes, side: int) -> np.ndarray:
+    values = np.frombuffer(raw, np.uint8)
+    grey = len(raw) == side * side
+    return grey_picture(values.reshape(side, side)) if grey else values.reshape(side, side, 3)
 
 
 def _codes_to_row(codes: dict[str, np.ndarray]) -> dict[str, Any]:

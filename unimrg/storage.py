@@ -257,8 +257,10 @@ class Store:
         """
         if self.is_local:
             with self._explain("read", path), self.open_input(path) as source:
-                source.seek(min(offset, source.size()))
-                return source.read(length)
+                size = source.size()
+                start = min(offset, size)
+                source.seek(start)
+                return source.read(size - start if length is None else min(length, size - start))
         return bytes(self._call("read", path, partial(_OpenObject(self._open(path)).read, offset, length)))
 
     def list(self, path: str = "", recursive: bool = False) -> list[Entry]:

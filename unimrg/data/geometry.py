@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from unimrg.errors import ConfigError, SampleError
-from unimrg.sample import Labels, Record, Sample, Task
+from unimrg.sample import Labels, Record, Sample, Task, grey_picture
 
 GEOMETRIES = ("pad", "squash", "published")
 GREY = 127
@@ -108,10 +108,10 @@ def render_sample(record: Record, labels: Labels, position: int, side: int, geom
         depth = _label(labels.depth, "depth")
         if depth.shape != (height, width):
             depth = np.array(Image.fromarray(depth).resize((width, height), Resampling.BILINEAR))
-        targets[Task.DEPTH] = _three(depth_target(depth, side, geometry))
+        targets[Task.DEPTH] = grey_picture(depth_target(depth, side, geometry))
     if labels.segmentation is not None:
         lines = _largest(_label(labels.segmentation, "segmentation"), (height, width))
-        targets[Task.SEGMENTATION] = _three(segmentation_target(lines, side, geometry))
+        targets[Task.SEGMENTATION] = grey_picture(segmentation_target(lines, side, geometry))
     return Sample(record.id, position, record.conversations, image, targets, valid)
 
 
@@ -177,7 +177,3 @@ def _full_range(values: np.ndarray) -> np.ndarray:
     if high <= low:
         return np.zeros(values.shape, np.uint8)
     return np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
-
-
-def _three(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, axis=2)

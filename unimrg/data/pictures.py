@@ -34,6 +34,7 @@ GROUP_BYTES = 512 << 20  # unpacked pictures of a row group, which are read toge
 LOADED_BYTES = 1 << 30  # of row groups that threads read at a time, packed and unpacked
 HELD_BYTES = 256 << 20  # row groups kept for their other rows; the last one always
 OPEN_FILES = 16
+KNOWN_FOLDERS = 4096
 RANGE = re.compile(r"(.+)@(\d{1,18})\+(\d{1,18})", re.DOTALL)
 ROW = re.compile(r"(.+)#(\d{1,18})", re.DOTALL)
 
@@ -55,6 +56,7 @@ class Pictures:
         self._groups: OrderedDict[Group, Future[pa.ChunkedArray | str]] = OrderedDict()
         self._table = functools.lru_cache(OPEN_FILES)(self._open_table)
         self._folder = functools.lru_cache(OPEN_FILES)(store.beside)
+        self._real = functools.lru_cache(KNOWN_FOLDERS)(os.path.realpath)  # asks about every folder above
         self._root = os.path.realpath(store.url) if store.is_local else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,16 +97,20 @@ class Pictures:
         """Links on a local disk lead anywhere, and reading a pipe would wait forever. Raises SampleError."""
         if not self._root:
             return
-        real = os.path.realpath(os.path.join(self._root, path))
-        if os.path.commonpath((self._root, real)) != self._root:
+        folder, name = os.path.split(os.path.join(self._root, path))
+        real = os.path.join(self._real(folder), name)
+        try:
+            found = os.lstat(real)
+            if stat.S_ISLNK(found.st_mode):
+                real = os.path.realpath(real)
+                found = os.stat(real)
+        except OSError:
+            return  # the store says it better
+        if not real.startswith(os.path.join(self._root, "")):
             raise SampleError(
                 "path-outside-folder", f"{path} leads out of {self._root}; set data.images above both"
             )
-        try:
-            regular = stat.S_ISREG(os.stat(real).st_mode)
-        except OSError:
-            return  # the store says it better
-        if not regular:
+        if not stat.S_ISREG(found.st_mode):
             raise SampleError("unreadable-file", f"{path} is no plain file")
 
     def _split(self, url: str) -> tuple[Store, str]:

@@ -13,9 +13,11 @@ beside their height and width, so that nothing but plain Arrow types crosses a p
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +36,8 @@ from unimrg.storage import Store
 from unimrg.teachers import Teacher
 
 MAPS = ("depth", "segmentation")
-FETCH_THREADS = 8
+READ_THREADS = 8
+READ_AHEAD = 2 * READ_THREADS  # rows
 
 FETCHED = pa.schema(
     [
@@ -85,7 +88,7 @@ STORED = pa.schema(
 )
 
 Row = dict[str, Any]
-
+Files = dict[str, bytes]
 
 PADDING = "padding"
 """The `error` of rows that only fill up a part of the label store, so that all have one size on the way."""
@@ -126,43 +129,51 @@ class Fetch:
         self.keep = keep
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _each(self.row, table, FETCHED)
+        return _each(self.read, self.decode, table, FETCHED)
 
-    def row(self, row: Row) -> Row:
-        """One row of a manifest as one of FETCHED."""
+    def read(self, row: Row) -> Files:
+        """The picture of a row and its maps as they are stored, by column. Raises SampleError."""
+        if row.get("error") or row["image"] is None:
+            return {}
+        source = row.get("source") or 0
+        files = {"image": self.pictures[source].read(row["image"], row.get("place"), self.limits.max_bytes)}
+        for name, column in zip(MAPS, ("depth", "masks"), strict=True):
+            teacher = getattr(self.sources[source], name)
+            if teacher == "stored":
+                files[name] = self._stored(name, row["image"], source)
+            elif teacher == "oracle":
+                if not row.get(column):
+                    raise SampleError("missing-label", f"the manifest names no {column} file for this image")
+                files[name] = self.pictures[source].read(row[column], None, self.limits.max_bytes)
+        return files
+
+    def decode(self, row: Row, files: Callable[[], Files]) -> Row:
+        """A row and what `read` gives for it as a row of FETCHED."""
         fetched = {name: row.get(name) for name in CARRIED}
         if fetched["error"]:
             return fetched
-        return _guarded(fetched, lambda: self._fetch(row, row.get("source") or 0))
+        return _guarded(fetched, lambda: self._decode(files(), row.get("source") or 0))
 
-    def _fetch(self, row: Row, source: int) -> Row:
-        if row["image"] is None:
+    def _decode(self, files: Files, source: int) -> Row:
+        if not files:
             return {}
-        raw = self.pictures[source].read(row["image"], row.get("place"), self.limits.max_bytes)
-        image = decode_picture(raw, self.limits)
+        image = decode_picture(files["image"], self.limits)
         height, width = image.shape[:2]
-        maps = {name: self._map(name, row, (height, width), source) for name in MAPS}
+        maps = {name: self._map(name, files[name], (height, width), source) for name in MAPS if name in files}
         return {
             "height": height,
             "width": width,
             "image": image.tobytes(),
-            "encoded": raw if self.keep else None,
-            **{name: None if values is None else values.tobytes() for name, values in maps.items()},
+            "encoded": files["image"] if self.keep else None,
+            **{name: values.tobytes() for name, values in maps.items()},
         }
 
-    def _map(self, name: str, row: Row, shape: tuple[int, int], source: int) -> np.ndarray | None:
-        teacher = getattr(self.sources[source], name)
-        if teacher == "stored":
-            return _fit(_decode_grey(self._stored(name, row["image"], source)), shape)
-        if teacher != "oracle":
-            return None
-        column = "depth" if name == "depth" else "masks"
-        if not row.get(column):
-            raise SampleError("missing-label", f"the manifest names no {column} file for this image")
+    def _map(self, name: str, raw: bytes, shape: tuple[int, int], source: int) -> np.ndarray:
+        if getattr(self.sources[source], name) == "stored":
+            return _fit(_decode_grey(raw), shape)
         # Not at the top: it needs torch, whose import is most of what starting a reader takes.
         from unimrg.teachers.oracle import oracle_depth, oracle_segmentation
 
-        raw = self.pictures[source].read(row[column], None, self.limits.max_bytes)
         if name == "depth":
             return oracle_depth(_fit(decode_map(raw), shape))
         return oracle_segmentation(_fit(decode_masks(raw), shape))
@@ -241,19 +252,25 @@ class Unpack:
         self.maps = tuple(maps)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _each(self.row, table, FETCHED)
+        return _each(self.read, self.decode, table, FETCHED)
 
-    def row(self, row: Row) -> Row:
-        """One row of STORED as one of FETCHED."""
-        fetched = {name: row.get(name) for name in CARRIED}
-        if fetched["error"] or row["height"] is None:
-            return fetched
-        return _guarded(fetched, lambda: self._unpack(row))
-
-    def _unpack(self, row: Row) -> Row:
+    def read(self, row: Row) -> Files:
+        """The picture of a row. Raises SampleError."""
+        if row.get("error") or row["height"] is None:
+            return {}
         raw = row["encoded"]
         if raw is None:
             raw = self.pictures[row["source"]].read(row["image"], row["place"], self.limits.max_bytes)
+        return {"image": raw}
+
+    def decode(self, row: Row, files: Callable[[], Files]) -> Row:
+        """A row of STORED and what `read` gives for it as a row of FETCHED."""
+        fetched = {name: row.get(name) for name in CARRIED}
+        if fetched["error"] or row["height"] is None:
+            return fetched
+        return _guarded(fetched, lambda: self._decode(row, files()["image"]))
+
+    def _decode(self, row: Row, raw: bytes) -> Row:
         image = decode_picture(raw, self.limits)
         if image.shape[:2] != (row["height"], row["width"]):
             found = (
@@ -362,7 +379,9 @@ class Draw:
         self.render = render
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _each(lambda row: self.render.row(self.fetch.row(row)), table, SAMPLES)
+        return _each(
+            self.fetch.read, lambda row, files: self.render.row(self.fetch.decode(row, files)), table, SAMPLES
+        )
 
 
 class Prepare:
@@ -377,24 +396,47 @@ class Prepare:
         self.needs_pixels = needs_pixels
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _each(self._row, table, SAMPLES)
+        return _each(self._read, self._row, table, SAMPLES)
 
-    def _row(self, row: Row) -> Row:
-        coded = {name: row[name] for name in CODE_COLUMNS if row.get(name) is not None}
+    def _read(self, row: Row) -> Files:
+        return self.unpack.read(row) if self.needs_pixels or not _codes(row) else {}
+
+    def _row(self, row: Row, files: Callable[[], Files]) -> Row:
+        coded = _codes(row)
         if not coded or row["error"]:
-            return self.render.row(self.unpack.row(row))
+            return self.render.row(self.unpack.decode(row, files))
         if self.needs_pixels:
-            plain = self.render.row(self.unpack.row(row | dict.fromkeys(MAPS)))
+            plain = self.render.row(self.unpack.decode(row | dict.fromkeys(MAPS), files))
             # The codes stand for every target.
             return plain | dict.fromkeys(task.value for task in IMAGE_TASKS) | coded
         kept = {name: row[name] for name in CARRIED if name != "part"}
         return kept | coded | {"side": row["side"], "valid": row["valid"]}
 
 
-def _each(work: Callable[[Row], Row], table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`work` on every row, several at once: most of it waits for storage."""
-    with ThreadPoolExecutor(FETCH_THREADS) as pool:
-        return pa.Table.from_pylist(list(pool.map(work, table.to_pylist())), schema=schema)
+def _codes(row: Row) -> Row:
+    return {name: row[name] for name in CODE_COLUMNS if row.get(name) is not None}
+
+
+def _each(
+    read: Callable[[Row], Files],
+    work: Callable[[Row, Callable[[], Files]], Row],
+    table: pa.Table,
+    schema: pa.Schema,
+) -> pa.Table:
+    """`work` on every row and its files, one by one; a few of the next rows are read meanwhile.
+
+    Decoding by several threads of one process takes twice the time: they wait for the interpreter.
+    """
+    done: list[Row] = []
+    waiting: deque[tuple[Row, Callable[[], Files]]] = deque()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for row in table.to_pylist():
+            at_hand = row.get("encoded") is not None
+            waiting.append((row, partial(read, row) if at_hand else pool.submit(read, row).result))
+            if len(waiting) > READ_AHEAD:
+                done.append(work(*waiting.popleft()))
+        done.extend(work(*next_one) for next_one in waiting)
+    return pa.Table.from_pylist(done, schema=schema)
 
 
 def decode_picture(raw: bytes, limits: DataConfig) -> np.ndarray:
