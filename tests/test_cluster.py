@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from cluster.session import ray_session
 from cluster.trainer import run
+from tests.faulty_s3 import Rule, faulty
+from tests.pipelines import s3_words
 from tests.s3 import S3Server
 from tests.tiny_harmon import micro, tokenizer
 from tests.tiny_teachers import make_depth_anything, make_sam
@@ -178,6 +180,36 @@ def test_two_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Pa
         assert a["position"] == b["position"]
         for task in Task:
             assert a[f"loss/{task}"] == pytest.approx(b[f"loss/{task}"], rel=1e-4)
+
+
+def test_cached_labels_and_codes_train_as_streamed_ones(
+    config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same weights to the last bit from what the first run left in its label store."""
+    store = undisturbed.parent / "labels"
+    assert list(store.glob("*/*/codes/*/part-*.parquet"))
+    words = ["labels.mode=cached", f"labels.store={store}", "report.enabled=false", "train.steps=8"]
+    assert run(config(*words)) == 0
+    assert weights_digest(tmp_path / "outputs" / "run" / "model") == weights_digest(undisturbed / "model")
+
+
+def test_faults_of_storage_cost_retries_and_nothing_else(
+    config: Callable[..., RunConfig], undisturbed: Path, scenes: Path, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """Every tenth read of the data set fails: the weights are the same, and the metrics tell of it."""
+    s3 = S3Config(s3_server.endpoint, s3_server.region, s3_server.access_key, s3_server.secret_key)
+    Store.at(s3_server.url("broken"), s3).upload(scenes, "scenes")
+    with faulty(s3_server) as proxy:
+        proxy.rules = [
+            Rule(fault, "GET", "scenes/", share=0.05, seed=seed) for seed, fault in enumerate(("503", "500"))
+        ]
+        words = [f"data.manifest={s3_server.url('broken/scenes/train.json')}", *s3_words(proxy.server)]
+        assert run(config(*words, "data.held_out=''", "report.enabled=false", "train.steps=8")) == 0
+        broken = proxy.count()
+    folder = tmp_path / "outputs" / "run"
+    counted = read_jsonl(folder / "metrics.jsonl")[-1]
+    assert 0 < sum(counted[f"retries/{reason}"] for reason in ("slow-down", "server-error")) <= broken
+    assert weights_digest(folder / "model") == weights_digest(undisturbed / "model")
 
 
 def photos(folder: Path) -> None:

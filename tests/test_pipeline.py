@@ -14,6 +14,7 @@ import pytest
 
 from cluster.labeler import Job, join_place, parts_in_order, split_place, unit_rows
 from cluster.pipeline import Ingest, Stored, open_order, pick, samples_needed, uses_store
+from cluster.prepare import make_absolute
 from unimrg.compose import compose
 from unimrg.config import RunConfig, to_plain
 from unimrg.data.label_store import LABELS, LabelStore
@@ -215,3 +216,14 @@ def test_when_a_store_is_used(words: list[str], expected: bool) -> None:
 def test_enough_is_prepared_for_the_samples_that_may_be_lost() -> None:
     settings = config("data.manifest=a.json", "data.max_bad_share=0.2")
     assert samples_needed(settings, 1000) >= 1000 / 0.8 + settings.data.min_checked
+
+
+def test_a_teacher_without_a_checkpoint_keeps_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty path is not the folder that the command runs in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "depth").mkdir()
+    settings = config("data.manifest=a.json", "teachers=oracle", "teachers.depth.checkpoint=depth")
+    make_absolute(settings)
+    assert settings.teachers.depth.checkpoint == str(tmp_path / "depth")
+    assert settings.teachers.segmentation.checkpoint == ""
+    assert settings.data.manifest == str(tmp_path / "a.json")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -377,6 +378,22 @@ def test_places_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(SampleError) as caught:
             pictures.read("n", f"{tmp_path}/{place}", LIMIT)
         assert caught.value.reason == reason, place
+
+
+def test_an_index_that_leads_out_of_its_dictionary(tmp_path: Path) -> None:
+    """Three pictures, many times, are a dictionary and indices of two bits, of which 3 means nothing."""
+    raw = bytearray(parquet(table(PICTURES[:3] * 8), compression="none"))
+    group = pq.ParquetFile(io.BytesIO(raw)).metadata.row_group(0)
+    columns = (group.column(number) for number in range(group.num_columns))
+    (column,) = (one for one in columns if one.path_in_schema == "image.bytes")
+    raw[column.dictionary_page_offset + column.total_compressed_size - 1] = 0xFF
+    (tmp_path / "x.parquet").write_bytes(raw)
+    rows = every(index(tmp_path, "x.parquet"))
+    pictures = Pictures(Store.at(str(tmp_path)))
+    for row in rows:
+        with pytest.raises(SampleError) as caught:
+            pictures.read(row["image"], row["place"], LIMIT)
+        assert caught.value.reason == "unreadable-file"
 
 
 def test_an_entry_cant_name_a_place(tmp_path: Path) -> None:
