@@ -250,21 +250,23 @@ class Ingest:
         """The iterator of one rank, after `split`."""
         return self._shards[rank]
 
-    def split(self, myself: Any, position: int, samples: int, workers: int) -> None:
-        """Prepare iterators, one a worker, over at least `samples` usable samples from `position` on."""
+    def split(self, myself: Any, position: int, samples: int, workers: int, side: int) -> None:
+        """Prepare iterators, one a worker, over at least `samples` usable samples from `position` on.
+
+        side: of the training pictures, pixels.
+        """
         self.trained(position)
-        dataset = self._dataset(myself, position, position + samples_needed(self.config, samples))
+        dataset = self._dataset(myself, position, position + samples_needed(self.config, samples), side)
         if workers > 1:  # one worker cuts its batches itself
             dataset = dataset.repartition(
                 target_num_rows_per_block=self.config.train.batch_size // workers, strict=True
             )
         self._shards = dataset.streaming_split(workers, equal=True)
 
-    def _dataset(self, myself: Any, start: int, stop: int) -> Dataset:
+    def _dataset(self, myself: Any, start: int, stop: int, side: int) -> Dataset:
         """Samples of positions start..stop-1, in order; quarantined ones are missing."""
         quiet_context()
         config = self.config
-        side = image_side(config)
         render = Render(side, config.data.geometry)
         # Every task costs some milliseconds, so a unit is as large as work ahead and memory allow.
         fitting = min(self.ahead // UNITS_AHEAD, UNIT_BYTES // (len(PICTURES) * 3 * side * side))
@@ -316,7 +318,7 @@ def quiet_context() -> None:
 
 def preparers() -> int:
     """Tasks that decode and render at once, a core each. They rest when they are far enough ahead."""
-    return max(2, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    return max(2, int(ray.cluster_resources().get("CPU", 1)) // 4)
 
 
 class _ReadRaw:

@@ -178,7 +178,8 @@ class _Worker:
         if self.rank == 0:
             actor = ray.remote(Ingest).options(name=name, num_cpus=0, max_concurrency=64)
             self.ingest = actor.remote(to_plain(self.config), self.monitor, self.labeller, self.stored)
-            ray.get(self.ingest.split.remote(self.ingest, self.position, samples, self.ranks))
+            side = self.processor.side
+            ray.get(self.ingest.split.remote(self.ingest, self.position, samples, self.ranks, side))
         ray.train.collective.barrier()
         if self.rank:
             self.ingest = ray.get_actor(name)

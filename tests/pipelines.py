@@ -32,7 +32,7 @@ import cluster.teachers
 from cluster import label_job
 from cluster.labeler import Labeller, open_stores
 from cluster.monitor import start_monitor
-from cluster.pipeline import Ingest, Stored, uses_store
+from cluster.pipeline import Ingest, Stored, image_side, uses_store
 from cluster.prepare import make_absolute
 from cluster.teachers import make_teacher as make_model
 from cluster.teachers import settle_types
@@ -291,7 +291,7 @@ class Training:
             .remote(to_plain(config), self.monitor, self.labeller, self.stored)
         )
         rest = config.train.steps * size
-        ray.get(ingest.split.remote(ingest, start, rest, workers))
+        ray.get(ingest.split.remote(ingest, start, rest, workers, image_side(config)))
         actor = ray.remote(Consumer).options(num_cpus=0)
         ranks = [actor.remote(ingest, rank, size // workers) for rank in range(workers)]
         done: list[Step] = []

@@ -200,7 +200,7 @@ def ours(job: Job, variant: str) -> Iterator[Batch]:
 
 
 def _streamed(job: Job, ingest: Any, processor: Any) -> Iterator[Batch]:
-    ray.get(ingest.split.remote(ingest, 0, job.needed, 1))
+    ray.get(ingest.split.remote(ingest, 0, job.needed, 1, processor.side))
     tables = ray.get(ingest.shard.remote(0)).iter_batches(
         batch_size=job.batch_size, batch_format="pyarrow", drop_last=True, prefetch_batches=2
     )
