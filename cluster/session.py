@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+import transformers
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -96,5 +97,6 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()  # one for every model that is loaded
     # What it logs as an error it raises too, and there it becomes one sentence.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
