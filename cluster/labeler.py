@@ -47,7 +47,9 @@ from unimrg.errors import UnimrgError
 from unimrg.storage import Store, take_retries
 
 WRITE_CPUS = 0.25
-READ_CPUS = 0.5
+# Not what teachers take on a CPU: Ray makes one stage of neighbours with equal needs, which then waits for as
+# many parts as a teacher's batch has rows.
+READ_CPUS = 0.25
 
 
 @dataclass(frozen=True)

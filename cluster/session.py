@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-import transformers
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -86,6 +85,9 @@ def gpus_of_cluster() -> int:
 
 def _quiet() -> None:
     """Settings Ray reads at start: fewer words on the terminal, faster polls than its defaults."""
+    # Not at the top: workers import this module, and few of them need models.
+    from transformers.utils.logging import disable_progress_bar
+
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -97,6 +99,6 @@ def _quiet() -> None:
         os.environ.setdefault(name, value)
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()  # one for every model that is loaded
+    disable_progress_bar()  # one for every model that is loaded
     # What it logs as an error it raises too, and there it becomes one sentence.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
