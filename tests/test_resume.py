@@ -92,6 +92,7 @@ def test_streaming_and_cached_give_the_same_batches(
     assert parts_done(tmp_path / "labels") <= 3
     (tmp_path / "gate").touch()
     assert [*first, *streaming.run(first[0][-1][0] + 1, STEPS - 1, workers=2)] == undisturbed[1]
+    streaming.kill()
 
 
 def test_cached_needs_labels(data: Path, undisturbed: tuple[Path, list[Step]], tmp_path: Path) -> None:
@@ -108,8 +109,10 @@ def test_what_stops_the_labels_stops_the_training_with_one_sentence(data: Path, 
         (None, r"part 3 is not in .*; run unimrg\.label with the same settings"),
         (Pace(broken=True), "labelling stopped: the lamp of the teacher is broken"),
     ):
+        started = training(data, tmp_path, *SMALL, pace=pace)
         with pytest.raises(DataError) as caught:
-            training(data, tmp_path, *SMALL, pace=pace).run(0, STEPS, workers=2)
+            started.run(0, STEPS, workers=2)
+        started.kill()  # the error's frames hold it, and with it the labeller and its teachers
         assert re.fullmatch(sentence + "[^\n]*", str(root_cause(caught.value)))
 
 
