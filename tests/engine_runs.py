@@ -346,6 +346,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     shard_everything()
     for name, (function, arguments) in json.loads((folder / "plan.json").read_text()).items():
         torch.save(globals()[function](**arguments), folder / f"{name}-rank{rank}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else gloo's threads may outlive what they use, and abort the process
 
 
 def shard_everything() -> None:

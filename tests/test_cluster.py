@@ -203,8 +203,10 @@ def test_faults_of_storage_cost_retries_and_nothing_else(
         proxy.rules = [
             Rule(fault, "GET", "scenes/", share=0.05, seed=seed) for seed, fault in enumerate(("503", "500"))
         ]
-        words = [f"data.manifest={s3_server.url('broken/scenes/train.json')}", *s3_words(proxy.server)]
-        assert run(config(*words, "data.held_out=''", "report.enabled=false", "train.steps=8")) == 0
+        places = ("data.manifest", "train"), ("data.held_out", "test")
+        words = [f"{key}={s3_server.url(f'broken/scenes/{name}.json')}" for key, name in places]
+        words += s3_words(proxy.server)
+        assert run(config(*words, "report.enabled=false", "train.steps=8")) == 0
         broken = proxy.count()
     folder = tmp_path / "outputs" / "run"
     counted = read_jsonl(folder / "metrics.jsonl")[-1]
