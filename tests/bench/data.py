@@ -416,9 +416,9 @@ def storage(kind: str) -> Iterator[tuple[str, int | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--storage", default="s3", choices=("s3", "local"))
-    parser.add_argument("--scenes", type=int, default=2048, help=f"in all, a multiple of {4 * SHARD_ROWS}")
+    parser.add_argument("--scenes", type=int, default=1024, help=f"in all, a multiple of {4 * SHARD_ROWS}")
     parser.add_argument("--size", type=int, default=384, help="side of the pictures, pixels")
-    parser.add_argument("--samples", type=int, default=2048, help="measured of each variant and round")
+    parser.add_argument("--samples", type=int, default=1536, help="measured of each variant and round")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS], choices=[*OURS, *OTHERS])
