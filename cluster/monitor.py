@@ -9,12 +9,28 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from cluster.session import on_this_node
 from unimrg.metrics import JsonlSink, PrometheusTextSink, read_jsonl
+
+COUNTED = {
+    "skipped-step": "skipped_steps",
+    "spike": "loss_spikes",
+    "rollback": "rollbacks",
+    "resume": "restarts",
+    "hang": "hangs",
+}
+"""Events that are metrics too, and their names there."""
+
+
+class Verdict(NamedTuple):
+    """stop: why training should give up, or "". pause: should it save and end?"""
+
+    stop: str = ""
+    pause: bool = False
 
 
 class Monitor:
@@ -33,22 +49,30 @@ class Monitor:
             row["position"]: row["reason"] for row in read_jsonl(self.folder / "quarantine.jsonl")
         }
         self.checked: set[tuple[int, int]] = set()
-        self.started = any(row["event"] == "start" for row in read_jsonl(self.folder / "events.jsonl"))
+        self.counts: Counter[str] = Counter(row["event"] for row in read_jsonl(self.folder / "events.jsonl"))
+        self.paused = False
         self.latest: dict[str, Any] = {}
         self.step = 0
         self.retries: Counter[str] = Counter()
         self.labelled_rows: Counter[str] = Counter()
 
-    def write(self, record: dict[str, Any]) -> str:
-        """Store a step's record; returns a reason to stop, or ""."""
+    def write(self, record: dict[str, Any]) -> Verdict:
+        """Store a step's record; returns what training should do."""
         self.latest = record | self.skipped() | self.data()
         self.step = int(record["step"])
         self.metrics.write(self.latest)
         self.textfile.write(self.latest)
-        return self.verdict()
+        return Verdict(self.verdict(), self.paused)
+
+    def pause(self, why: str) -> None:
+        """Have training save and end before its last step."""
+        if not self.paused:
+            self.paused = True
+            self.event("pause", why)
 
     def event(self, event: str, detail: Any = "", step: int | None = None) -> None:
         """Store a fault, a restart, a checkpoint."""
+        self.counts[event] += 1
         at = self.step if step is None else step
         self.events.write({"timestamp": time.time(), "step": at, "event": event, "detail": detail})
 
@@ -56,8 +80,12 @@ class Monitor:
         """Worker processes `pids` begin after `step` optimiser steps; later records will come again."""
         self.metrics.truncate_from(step + 1)
         detail = {"pids": pids, "command": self.command}
-        self.event("resume" if self.started else "start", detail, step)
-        self.started = True
+        self.event("resume" if self.counts["start"] else "start", detail, step)
+
+    def go_back(self, step: int, detail: str) -> None:
+        """Training goes on behind `step`, an earlier one; the records after it will come again."""
+        self.metrics.truncate_from(step + 1)
+        self.event("rollback", detail, step)
 
     def audit(
         self, first: int, stop: int, bad: list[dict[str, Any]], retries: dict[str, int] | None = None
@@ -84,9 +112,10 @@ class Monitor:
         self.retries.update(retries)
 
     def data(self) -> dict[str, int]:
-        """Counts for the metrics: storage requests that were made again, rows labelled and encoded."""
+        """Counts for the metrics: storage requests made again, rows labelled and encoded, events."""
         counts = {f"retries/{reason}": n for reason, n in self.retries.items()}
-        return counts | {f"labelled/{kind}": n for kind, n in self.labelled_rows.items()}
+        counts |= {f"labelled/{kind}": n for kind, n in self.labelled_rows.items()}
+        return counts | {name: self.counts[event] for event, name in COUNTED.items()}
 
     def verdict(self) -> str:
         """Why the run should stop, or ""."""

@@ -257,10 +257,14 @@ class Ingest:
         """
         self.trained(position)
         dataset = self._dataset(myself, position, position + samples_needed(self.config, samples), side)
-        if workers > 1:  # one worker cuts its batches itself
-            dataset = dataset.repartition(
-                target_num_rows_per_block=self.config.train.batch_size // workers, strict=True
+        batch, share = self.config.train.batch_size, share_of(self.config.train.batch_size, workers)
+        if batch % workers:  # the shares of the last workers are filled up with rows that say nothing
+            dataset = dataset.repartition(target_num_rows_per_block=batch, strict=True)
+            dataset = dataset.map_batches(
+                _FillUp(batch, share * workers), batch_format="pyarrow", batch_size=None
             )
+        if workers > 1:  # one worker cuts its batches itself
+            dataset = dataset.repartition(target_num_rows_per_block=share, strict=True)
         self._shards = dataset.streaming_split(workers, equal=True)
 
     def _dataset(self, myself: Any, start: int, stop: int, side: int) -> Dataset:
@@ -295,6 +299,24 @@ class Ingest:
             num_cpus=PREPARE_CPUS,
             compute=TaskPoolStrategy(size=preparers()),
         )
+
+
+def share_of(batch_size: int, workers: int) -> int:
+    """Rows of a batch that a worker gets, those that fill up included."""
+    return -(-batch_size // workers)
+
+
+class _FillUp:
+    """A batch to `rows` rows: behind it such without an id, which are no samples; a part of one to none."""
+
+    def __init__(self, batch: int, rows: int) -> None:
+        self.batch, self.rows = batch, rows
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if len(table) < self.batch:
+            return table.slice(0, 0)
+        empty = pa.table([pa.nulls(self.rows - len(table), f.type) for f in table.schema], table.schema)
+        return pa.concat_tables([table, empty]).combine_chunks()
 
 
 def image_side(config: RunConfig) -> int:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,21 @@ from cluster.prepare import check_data, check_weights, make_absolute, prepare_da
 from cluster.progress import Progress
 from cluster.session import gpus_of_cluster, on_this_node, ray_session
 from cluster.teachers import gpus_of_teachers, settle_types
-from cluster.worker import CHECKPOINTS, MODEL, latest_checkpoint, run_store, train_worker
-from unimrg.checkpoint import stored_position
+from cluster.worker import CHECKPOINTS, MAX_ROLLBACKS, MODEL, run_store, train_worker
+from unimrg.checkpoint import latest_checkpoint, read_progress
 from unimrg.config import RunConfig, redacted, to_plain
 from unimrg.errors import ConfigError, UnimrgError
 from unimrg.report import write_report
 from unimrg.storage import Store
 
 LOCAL_OUTPUTS = "outputs"
+RESIZE_SECONDS = 60.0
+PAUSED = 75
+"""Exit status of a run that saved and ended because it was told to (SIGTERM): run it again. EX_TEMPFAIL."""
 
 
 def run(config: RunConfig) -> int:
-    """One post-training run from its configuration to its report; returns the exit status."""
+    """One post-training run from its configuration to its report; returns the exit status: 0 or PAUSED."""
     began = time.monotonic()
     config.name = (
         config.name or f"{config.family.name}-{config.family.variant}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -54,7 +61,11 @@ def run(config: RunConfig) -> int:
         _settle(config, gpus)
         stored = open_stores(config, wait=config.labels.mode == "streaming") if uses_store(config) else None
         print(f"run {config.name}: {_summary(config)}; Ray's logs: {logs}", flush=True)
-        train(config, folder, gpus, stored)
+        outcome = train(config, folder, gpus, stored)
+        if "paused" in outcome:
+            step, again = outcome["paused"], f"run again with name={config.name} to go on"
+            print(f"saved at step {step} and stopped as told; {again}", flush=True)
+            return PAUSED
         if config.report.enabled:
             print("scoring held-out pictures before and after", flush=True)
             compare(config, folder, gpus)
@@ -70,12 +81,17 @@ def local_folder(config: RunConfig) -> Path:
     return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS).absolute() / config.name
 
 
-def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None) -> None:
-    """Run the worker group to its end. Raises UnimrgError when it fails for good."""
+def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None) -> dict[str, Any]:
+    """Run the worker group to its end, or to a pause when this process is told to end (SIGTERM).
+
+    Returns what rank 0 did: `steps`, or `paused` and the step. Raises UnimrgError when it fails for good.
+    """
     monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked)
     store = run_store(config)
     labeller = _start_labeller(config, monitor, stored) if config.labels.mode == "streaming" else None
     use_gpu = gpus > 0
+    least, most = config.cluster.min_workers or config.cluster.workers, config.cluster.workers
+    workers: Any = (least, most) if least < most else most
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -88,7 +104,8 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.cluster.timeout_seconds
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -99,7 +116,8 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    with Progress(lambda: ray.get(monitor.snapshot.remote()), config.train.steps, config.log_every):
+    progress = Progress(lambda: ray.get(monitor.snapshot.remote()), config.train.steps, config.log_every)
+    with progress, _pausing(lambda: ray.get(monitor.pause.remote("SIGTERM"))):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -112,6 +130,30 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
     if "error" in outcome:
         ray.get(monitor.event.remote("failure", outcome["error"]))
         raise UnimrgError(outcome["error"])
+    return outcome
+
+
+@contextlib.contextmanager
+def _pausing(pause: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM calls `pause`, once, from a thread: in a handler Ray might be in the middle of something."""
+    told, done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        told.wait()
+        if not done.is_set():
+            pause()
+
+    if threading.current_thread() is not threading.main_thread():  # inside another program's threads
+        yield
+        return
+    threading.Thread(target=wait, daemon=True, name="pause").start()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        done.set()
+        told.set()
 
 
 def _start_labeller(config: RunConfig, monitor: Any, stored: list[Stored] | None) -> Any:
@@ -119,11 +161,13 @@ def _start_labeller(config: RunConfig, monitor: Any, stored: list[Stored] | None
     if stored is None:
         return None
     store = run_store(config)
-    name = latest_checkpoint(store)
-    start = stored_position(store.child(CHECKPOINTS), name) if name else 0
+    name = latest_checkpoint(store.child(CHECKPOINTS))
+    start = read_progress(store.child(CHECKPOINTS), name).position if name else 0
+    times = 1 + (MAX_ROLLBACKS if config.train.rollback_after else 0)  # a rollback leaves samples out
+    samples = max(times * config.train.steps * config.train.batch_size - start, 0)
     actor = ray.remote(Labeller).options(num_cpus=0, scheduling_strategy=on_this_node())
     labeller = actor.remote(to_plain(config), monitor)
-    ray.get(labeller.start.remote(stored, start, config.train.steps * config.train.batch_size))
+    ray.get(labeller.start.remote(stored, start, samples))
     return labeller
 
 

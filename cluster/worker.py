@@ -6,6 +6,7 @@ train_worker ─► fit ─► train_step ─► Family.forward
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -23,16 +24,21 @@ import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from cluster.pipeline import Ingest, Stored
+from cluster.monitor import Verdict
+from cluster.pipeline import Ingest, Stored, share_of
 from cluster.session import root_cause
 from unimrg.checkpoint import (
     Progress,
+    Saver,
     check_same_order,
+    checkpoints_in,
     is_complete,
-    load_training,
-    mark_complete,
+    latest_checkpoint,
     read_progress,
-    save_training,
+    restore,
+    retire,
+    step_name,
+    step_of,
 )
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
@@ -46,17 +52,21 @@ from unimrg.errors import (
     UnimrgError,
 )
 from unimrg.families import load_family
+from unimrg.health import Health, LossSpike
 from unimrg.loop import StepOutput, fit
 from unimrg.lora import adapt, merged, save_adapter
 from unimrg.metrics import Meter
 from unimrg.packing import Batch
 from unimrg.sample import Sample, Task
 from unimrg.storage import Store
+from unimrg.watchdog import Watchdog
 from unimrg.weights import localized
 
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 ADAPTER = "adapter"
+PREEMPTION_STEPS = 10
+MAX_ROLLBACKS = 3
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -93,20 +103,6 @@ def run_store(config: RunConfig) -> Store:
     return Store.at(config.storage_path, config.s3.store()).child(config.name)
 
 
-def step_name(step: int, ranks: int) -> str:
-    """Folder of a checkpoint; names sort by step, and worlds never mix in one folder."""
-    return f"step-{step:08d}-w{ranks}"
-
-
-def latest_checkpoint(store: Store) -> str:
-    """Name of the newest complete checkpoint under `checkpoints/`, or ""."""
-    folder = store.child(CHECKPOINTS)
-    names = sorted(
-        (e.path for e in folder.list() if e.is_folder and e.path.startswith("step-")), reverse=True
-    )
-    return next((name for name in names if is_complete(folder, name)), "")
-
-
 class _Worker:
     """One process of the worker group."""
 
@@ -119,7 +115,13 @@ class _Worker:
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.store = run_store(config)
         self.meter = Meter(config.train.steps)
+        self.saver = Saver(self.store.child(CHECKPOINTS))
+        self.watchdog = Watchdog(config.cluster.hang_seconds, self._tell_hang)
+        self.totals: list[float] = []
         self.position = 0
+        self.warned = False
+        self.saved_step = -1
+        self.checkpoint_values: dict[str, float] = {}
         self.verdict: Any = None
 
     def run(self) -> dict[str, Any]:
@@ -135,39 +137,59 @@ class _Worker:
         self.processor = family.processor(
             model, tokenizer, self.config.train, tasks, self.config.seed, from_codes=coded
         )
-        engine = make_engine(model, self.config.train, self.config.engine, device)
+        self.engine = engine = make_engine(model, self.config.train, self.config.engine, device)
         torch.manual_seed(self.config.seed + 7919 * self.rank)  # of dropout; a checkpoint brings its own
         with _together():
             self._restore(engine)
         self._announce(engine.steps_done)
-        remaining = self.config.train.steps - engine.steps_done
-        fit(
-            engine,
-            prefetch(self._batches(remaining)) if remaining > 0 else [],
-            self.config.weights.by_task(),
-            self.config.train.steps,
-            observe=self._observe,
-            save=lambda output: self._save(engine, output),
-            save_every=self.config.train.checkpoint_every,
-            stop=self._stop,
-        )
+        self._train()
+        self._commit(self.saver.finish(wait=True))
+        self.watchdog.close()
+        if engine.steps_done < self.config.train.steps:
+            return {"paused": engine.steps_done}
         self._export(engine, tokenizer)
         return {"steps": engine.steps_done, "position": self.position}
+
+    def _train(self) -> None:
+        """To the last step, or to a pause; back to an earlier checkpoint when the loss keeps jumping."""
+        engine = self.engine
+        for rollbacks in range(MAX_ROLLBACKS + 1):
+            remaining = self.config.train.steps - engine.steps_done
+            batches = prefetch(self._batches(remaining)) if remaining > 0 else iter(())
+            try:
+                fit(
+                    engine,
+                    self.watchdog.resting(batches),
+                    self.config.weights.by_task(),
+                    self.config.train.steps,
+                    observe=self._observe,
+                    save=self._save,
+                    save_every=self.config.train.checkpoint_every,
+                    stop=lambda: self._verdict().stop,
+                    pause=lambda: self._verdict().pause,
+                    health=Health(self.config.train),
+                )
+                return
+            except LossSpike as spike:
+                batches.close()  # type: ignore[attr-defined]
+                self._go_back(spike, rollbacks)
 
     # -- data ------------------------------------------------------------------------------------------------
 
     def _batches(self, steps: int) -> Iterator[list[Batch]]:
-        """Micro-batches of one optimiser step after the other, from this rank's split."""
-        micro = self.config.train.batch_size // (self.ranks * self.config.train.accumulation)
+        """Micro-batches of one optimiser step after the other, from this rank's split.
+
+        Where a batch can't be shared equally some have fewer samples, down to none.
+        """
+        share = share_of(self.config.train.batch_size, self.ranks)
+        parts = self.config.train.accumulation
         tables = self._shard(steps).iter_batches(
-            batch_size=micro * self.config.train.accumulation,
-            batch_format="pyarrow",
-            drop_last=True,
-            prefetch_batches=2,
+            batch_size=share, batch_format="pyarrow", drop_last=True, prefetch_batches=2
         )
         for table in tables:
-            samples = [Sample.from_row(row) for row in table.to_pylist()]
-            yield [self.processor(samples[at : at + micro]) for at in range(0, len(samples), micro)]
+            samples = [Sample.from_row(row) for row in table.to_pylist() if row["id"] is not None]
+            cuts = [part * len(samples) // parts for part in range(parts + 1)]
+            yield [self.processor(samples[cuts[at] : cuts[at + 1]]) for at in range(parts)]
 
     def _shard(self, steps: int) -> Any:
         """This rank's iterator; the pipeline belongs to an actor that rank 0 owns and takes down with it."""
@@ -197,8 +219,16 @@ class _Worker:
             samples=output.samples,
             tokens=output.tokens,
         )
+        self.totals.append(output.total)
+        self._commit(self.saver.finish())
+        if output.step % PREEMPTION_STEPS == 0:
+            self._look_for_preemption(output)
         if self.rank:
             return
+        if output.wrong:
+            kind = "skipped-step" if output.wrong == "skipped" else output.wrong
+            detail = {"total": output.total, "grad_norm": output.grad_norm, "samples": output.suspects[:64]}
+            self.monitor.event.remote(kind, detail, output.step)
         self.ingest.trained.remote(output.position)
         record: dict[str, Any] = {
             "step": output.step,
@@ -207,16 +237,35 @@ class _Worker:
             "loss/total": output.total,
             "grad_norm": output.grad_norm,
             "learning_rate": output.learning_rate,
+            "workers": self.ranks,
             **values,
+            **self.checkpoint_values,
             "timestamp": time.time(),
         }
         self.verdict = self.monitor.write.remote(record)
 
-    def _stop(self) -> str:
+    def _verdict(self) -> Verdict:
         """What the monitor said to the last record; asked a step late, so that nobody waits for it."""
         if self.rank or self.verdict is None:
-            return ""
+            return Verdict()
         return ray.get(self.verdict)
+
+    def _look_for_preemption(self, output: StepOutput) -> None:
+        """At the first notice that a node will be taken away, save; Ray replaces the group when it is."""
+        notice = ray.train.get_preemption_info()
+        if notice is None or self.warned:
+            return
+        self.warned = True
+        if self.rank == 0:
+            self.monitor.event.remote("preemption", str(notice)[:2000], output.step)
+        self._save(output)
+        self._commit(self.saver.finish(wait=True))
+
+    def _tell_hang(self, what: str) -> None:
+        """Raises nothing: the process ends all the same."""
+        with contextlib.suppress(Exception):
+            detail = {"rank": self.rank, "pid": os.getpid(), "stacks": what[-20_000:]}
+            ray.get(self.monitor.event.remote("hang", detail), timeout=30)
 
     def _announce(self, step: int) -> None:
         """Say that this worker group begins, and which processes it is."""
@@ -228,53 +277,77 @@ class _Worker:
 
     def _restore(self, engine: Engine) -> None:
         name = ray.train.collective.broadcast_from_rank_zero(
-            latest_checkpoint(self.store) if self.rank == 0 else None
+            latest_checkpoint(self.saver.store) if self.rank == 0 else None
         )
         if not name:
             return
-        folder = Path(tempfile.mkdtemp(prefix="unimrg-restore-"))
-        try:
-            self.store.child(CHECKPOINTS).download(name, folder)
-            check_same_order(read_progress(folder), to_plain(self.config))
-            self.position = load_training(folder, engine).position
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        check_same_order(read_progress(self.saver.store, name), to_plain(self.config))
+        progress = restore(self.saver.store, name, engine)
+        self.position = progress.position
+        if progress.ranks != self.ranks:  # else the random states are those of the checkpoint
+            torch.manual_seed(self.config.seed + 7919 * self.rank + 104729 * progress.step)
 
-    def _save(self, engine: Engine, output: StepOutput) -> None:
-        """Every rank uploads its share and checks it; rank 0 then writes the list that makes it count."""
-        name = step_name(output.step, self.ranks)
-        checkpoints = self.store.child(CHECKPOINTS)
-        folder = Path(tempfile.mkdtemp(prefix="unimrg-save-"))
+    def _save(self, output: StepOutput) -> None:
+        """Begin to write a checkpoint; `_commit` hears when all ranks have."""
+        if output.step == self.saved_step:
+            return
+        self.saved_step = output.step
+        finite = [total for total in self.totals if math.isfinite(total)]
+        self.totals.clear()
         progress = Progress(
-            output.step, output.position, self.ranks, self.config.train.batch_size, redacted(self.config)
+            output.step,
+            output.position,
+            self.ranks,
+            redacted(self.config),
+            loss=sum(finite) / len(finite) if finite else None,
+            updates=self.engine.updates(),
         )
-        try:
-            save_training(folder, engine, progress)
-            checkpoints.upload(folder, name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        ray.train.collective.barrier()
+        started = time.perf_counter()
+        self._commit(self.saver.finish(wait=True))
+        self.saver.begin(self.engine, progress)
+        self.checkpoint_values = {"checkpoint_seconds": time.perf_counter() - started}
+
+    def _commit(self, progress: Progress | None) -> None:
+        """A checkpoint exists: tell Ray and the monitor, and delete older ones."""
+        if progress is None:
+            return
+        self.watchdog.alive()
+        name = step_name(progress.step, self.ranks)
+        self.checkpoint_values["checkpoint_step"] = progress.step
         if self.rank == 0:
-            mark_complete(checkpoints, name)
-            self._retire(checkpoints)
-            self.monitor.event.remote("checkpoint", name, output.step)
-        filesystem = ray.train.get_context().get_storage().storage_filesystem
-        path = f"{ray.train.get_context().get_storage().experiment_fs_path}/{name}"
+            self.monitor.event.remote("checkpoint", name, progress.step)
+            try:
+                retire(self.saver.store, self.config.train.keep_checkpoints, self.config.train.keep_best)
+            except (StorageError, CheckpointError) as error:
+                self.monitor.event.remote("warning", str(error))
+        storage = ray.train.get_context().get_storage()
         ray.train.report(
-            {"step": output.step, "loss": output.total},
-            checkpoint=Checkpoint(path=path, filesystem=filesystem),
+            {"step": progress.step, "loss": progress.loss},
+            checkpoint=Checkpoint(
+                path=f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem
+            ),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    def _retire(self, checkpoints: Store) -> None:
-        """Delete all but the newest checkpoints; one that stays costs space, not the run."""
-        names = sorted(e.path for e in checkpoints.list() if e.is_folder and e.path.startswith("step-"))
-        for name in names[: -self.config.train.keep_checkpoints]:
-            try:
-                checkpoints.delete(name)
-            except StorageError as error:
-                self.monitor.event.remote("warning", str(error))
+    def _go_back(self, spike: LossSpike, rollbacks: int) -> None:
+        """To the last checkpoint before the spikes; on with the samples behind them."""
+        self._commit(self.saver.finish(wait=True))
+        store, first = self.saver.store, spike.step - self.config.train.rollback_after
+        names = checkpoints_in(store) if self.rank == 0 else []
+        before = [name for name in names if step_of(name) <= first and is_complete(store, name)]
+        name = ray.train.collective.broadcast_from_rank_zero(before[-1] if before else "")
+        if not name or rollbacks == MAX_ROLLBACKS:
+            why = f"after {rollbacks} rollbacks" if name else "and there is no checkpoint from before"
+            raise DataError(f"{spike}, {why}; lower train.learning_rate, or look at the data")
+        if self.rank == 0:
+            for later in names[names.index(name) + 1 :]:
+                store.delete(later)
+        restore(store, name, self.engine)
+        self.position, self.saved_step = spike.position, -1
+        if self.rank == 0:
+            detail = f"{spike}; back to {name}, on with the samples from {spike.position} on"
+            ray.get(self.monitor.go_back.remote(self.engine.steps_done, detail))
 
     def _export(self, engine: Engine, tokenizer: Any) -> None:
         """A folder that `from_pretrained` loads: weights, configuration, tokenizer; adapters also alone."""

@@ -9,8 +9,8 @@ python -m tests.engine_runs RANK RANKS FOLDER        reads FOLDER/plan.json
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
-from unimrg.checkpoint import Progress, load_training, save_training
+from unimrg.checkpoint import Progress, Saver, latest_checkpoint, restore
 from unimrg.config import EngineConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
 from unimrg.errors import DataError
@@ -34,8 +34,10 @@ from unimrg.families.base import Family, Processor
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts
 from unimrg.lora import adapt, merged
+from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample
+from unimrg.storage import Store
 
 ENGINES = ("torch", "zero1", "zero2", "zero3")
 ROOT = Path(__file__).parent.parent
@@ -73,10 +75,11 @@ def samples(step: int) -> list[Sample]:
 def batches(processor: Processor, first: int, last: int, accumulation: int) -> Iterator[list[Batch]]:
     """This rank's micro-batches of the steps `first`..`last`-1: a run of neighbours in the global batch."""
     rank, ranks = world()
-    size = BATCH // (ranks * accumulation)
+    shares = ranks * accumulation
     for step in range(first, last):
-        mine = samples(step)[rank * BATCH // ranks :]
-        yield [processor(mine[at * size : (at + 1) * size]) for at in range(accumulation)]
+        cuts = [share * BATCH // shares for share in range(shares + 1)]
+        mine = range(rank * accumulation, (rank + 1) * accumulation)
+        yield [processor(samples(step)[cuts[at] : cuts[at + 1]]) for at in mine]
 
 
 def train_config(steps: int = 3, **changes: Any) -> TrainConfig:
@@ -108,10 +111,6 @@ def make(
     model.train()
     processor = HarmonProcessor(config, tokenizer(), weights.active())
     return make_engine(model, train, engine_config(name, precision), CPU), processor
-
-
-def make_with_dropout(name: str) -> tuple[Engine, Processor]:
-    return make(name, train_config(6), dropout=0.3)
 
 
 def make_any(
@@ -191,6 +190,30 @@ def frozen(model: Family, picture: np.ndarray) -> np.ndarray:
     return found
 
 
+def poisoned(engine: str, step: int = 2) -> dict[str, Any]:
+    """Four steps; in one of them the last rank's loss isn't finite, though its gradient would be.
+
+    Returns what was said of every step, and the weights after each.
+    """
+    made, processor = make(engine, train_config(4))
+    rank, ranks = world()
+    forward, seen, weights = made.forward, [], []
+
+    def spoiled(batch: Batch, last: bool) -> dict[Any, TaskLoss]:
+        losses = forward(batch, last)
+        if made.steps_done == step and rank == ranks - 1:
+            return {task: TaskLoss(loss.sum + math.inf, loss[1]) for task, loss in losses.items()}
+        return losses
+
+    def observe(output: StepOutput) -> None:
+        seen.append(output)
+        weights.append(made.weights())
+
+    made.forward = spoiled  # type: ignore[method-assign]
+    fit(made, batches(processor, 0, 4, 1), WEIGHTS.by_task(), 4, observe=observe)
+    return {"steps": [plain(output) for output in seen], "weights": weights, "updates": made.updates()}
+
+
 def decay(engine: str) -> dict[str, Any]:
     """One step in which every gradient is zero: weight decay alone."""
     made, processor = make(engine, train_config(1, learning_rate=0.1, weight_decay=0.5))
@@ -207,23 +230,22 @@ def clipped(engine: str) -> dict[str, Any]:
 
 
 def interrupted(
-    engine: str, folder: str, stop_at: int = 0, resume: bool = False, family: str = ""
+    engine: str, folder: str, stop_at: int = 0, resume: bool = False, family: str = "", dropout: float = 0.3
 ) -> dict[str, Any]:
     """Six steps, undisturbed, up to `stop_at` and saved, or resumed from what was saved.
 
-    Of Harmon with dropout, unless a family is named.
+    Of Harmon with dropout and a moving average, unless a family is named.
     """
-    rank, ranks = world()
-    torch.manual_seed(rank)
-    made, processor = make_any(engine, train_config(6), family) if family else make_with_dropout(engine)
-    position = load_training(Path(folder), made).position if resume else 0
+    torch.manual_seed(world()[0])
+    if family:
+        made, processor = make_any(engine, train_config(6), family)
+    else:
+        made, processor = make(engine, train_config(6, ema=0.5), dropout=dropout)
+    position = load(made, folder).position if resume else 0
     seen: list[StepOutput] = []
 
     def save(output: StepOutput) -> None:
-        # As in a cluster: every rank writes into a folder of its own, all of them are merged in the store.
-        mine = Path(folder).with_name(f"{Path(folder).name}-rank{rank}")
-        save_training(mine, made, Progress(output.step, output.position, ranks, BATCH, {}))
-        shutil.copytree(mine, folder, dirs_exist_ok=True)
+        keep(made, folder, output)
 
     fit(
         made,
@@ -236,36 +258,36 @@ def interrupted(
     return {"steps": [plain(output) for output in seen], "weights": made.weights(), "position": position}
 
 
-def refused(engine: str, folder: str) -> dict[str, Any]:
-    """What is said to a checkpoint of another engine or another number of ranks."""
-    made, _ = make(engine, train_config(6))
-    try:
-        load_training(Path(folder), made)
-    except Exception as error:
-        return {"kind": type(error).__name__, "message": str(error)}
-    return {"kind": "", "message": ""}
+def keep(engine: Engine, folder: str, output: StepOutput) -> None:
+    """A checkpoint, written and complete before training goes on."""
+    saver = Saver(Store.at(folder))
+    saver.begin(engine, Progress(output.step, output.position, world()[1], {}, updates=engine.updates()))
+    saver.finish(wait=True)
 
 
-def train_adapters(engine: str, load: str = "", save: str = "") -> dict[str, Any]:
+def load(engine: Engine, folder: str) -> Progress:
+    """From the newest checkpoint in a folder."""
+    store = Store.at(folder)
+    return restore(store, latest_checkpoint(store), engine)
+
+
+def train_adapters(engine: str, begin: str = "", save: str = "") -> dict[str, Any]:
     """Four steps with adapters, or those behind a checkpoint; what they reported, the state, and it merged.
 
-    save: where a checkpoint is left behind the second step.
+    begin: a folder of checkpoints to go on from. save: where one is left behind the second step.
     """
     made, processor = make(engine, train_config(4), lora=LoraConfig(rank=2, alpha=4.0))
-    first = load_training(Path(load), made).step if load else 0
+    first = load(made, begin).step if begin else 0
     seen: list[StepOutput] = []
-    rank, ranks = world()
 
-    def keep(output: StepOutput) -> None:
+    def at_step_2(output: StepOutput) -> None:
         if output.step == 2:
-            mine = Path(f"{save}-rank{rank}")
-            save_training(mine, made, Progress(output.step, output.position, ranks, BATCH, {}))
-            shutil.copytree(mine, save, dirs_exist_ok=True)
+            keep(made, save, output)
 
-    every = {"save": keep, "save_every": 2} if save else {}
+    every = {"save": at_step_2, "save_every": 2} if save else {}
     fit(made, batches(processor, first, 4, 1), WEIGHTS.by_task(), 4, observe=seen.append, **every)
     weights = made.weights()
-    plain_weights = merged(made.model, weights) if rank == 0 else {}
+    plain_weights = merged(made.model, weights) if world()[0] == 0 else {}
     return {"steps": [plain(output) for output in seen], "weights": weights, "merged": plain_weights}
 
 
@@ -295,6 +317,7 @@ def talk() -> dict[str, Any]:
 def plain(output: StepOutput) -> dict[str, Any]:
     """Loadable without running code."""
     values = asdict(output)
+    values["suspects"] = list(output.suspects)
     values["losses"] = {str(task): loss for task, loss in output.losses.items()}
     return values
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.bomb import Bomb
@@ -17,27 +20,33 @@ from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg.checkpoint import (
     COMPLETE,
     Progress,
+    Saver,
     check_same_order,
+    checkpoints_in,
     is_complete,
-    load_training,
+    latest_checkpoint,
     mark_complete,
     read_progress,
-    save_training,
+    restore,
+    retire,
+    step_name,
+    step_of,
 )
 from unimrg.config import DataConfig, EngineConfig, FamilyConfig, RunConfig, TrainConfig, redacted, to_plain
 from unimrg.engine import Engine, make_engine
-from unimrg.errors import CheckpointError, ConfigError
+from unimrg.errors import CheckpointError, ConfigError, StorageError
 from unimrg.families.harmon import build
 from unimrg.families.harmon.checkpoint import VAE, WEIGHTS, from_folder, from_published, save_published
 from unimrg.families.harmon.config import tiny
 from unimrg.families.harmon.model import Harmon
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.losses import combine
+from unimrg.pieces import Piece, share
 from unimrg.sample import Task
 from unimrg.storage import Store
 
 TIED = "llm.lm_head.weight"
-PROGRESS = Progress(step=2, position=4, ranks=1, batch_size=2, config={"seed": 0})
+PROGRESS = Progress(step=2, position=4, ranks=1, config={"seed": 0}, updates=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,9 +192,9 @@ def test_fresh_weights_are_a_function_of_the_seed() -> None:
 # -- training state ------------------------------------------------------------------------------------------
 
 
-def engine_at_step_0(seed: int = 0) -> Engine:
-    train = TrainConfig(steps=6, batch_size=2, learning_rate=1e-2)
-    return make_engine(random_model(micro(), seed), train, EngineConfig(name="torch"), torch.device("cpu"))
+def engine_at_step_0(ema: float = 0.0) -> Engine:
+    train = TrainConfig(steps=6, batch_size=2, learning_rate=1e-2, ema=ema)
+    return make_engine(random_model(micro()), train, EngineConfig(name="torch"), torch.device("cpu"))
 
 
 def advance(engine: Engine, steps: int) -> list[float]:
@@ -212,53 +221,177 @@ def seed_everything(seed: int) -> None:
     np.random.normal()
 
 
+def save(store: Store, engine: Engine, progress: Progress = PROGRESS) -> str:
+    """A complete checkpoint; returns its name."""
+    saver = Saver(store)
+    saver.begin(engine, progress)
+    assert saver.finish(wait=True) == progress
+    return step_name(progress.step, 1)
+
+
 def test_a_resumed_run_is_the_undisturbed_run(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
     seed_everything(1)
     engine = engine_at_step_0()
     engine.model.train()
     advance(engine, 2)
-    save_training(tmp_path / "step-2", engine, PROGRESS)
+    name = save(store, engine)
     expected = [*advance(engine, 3), random.gauss(0, 1), np.random.normal(), float(torch.randn(()))]
 
     seed_everything(2)
-    resumed = engine_at_step_0(seed=5)
+    resumed = engine_at_step_0()
+    for piece in resumed.pieces():
+        piece.values["weight"].add_(1)
     resumed.model.train()
-    assert load_training(tmp_path / "step-2", resumed) == PROGRESS
-    assert resumed.steps_done == 2
+    assert restore(store, name, resumed) == PROGRESS
+    assert (resumed.steps_done, resumed.updates()) == (2, 2)
     found = [*advance(resumed, 3), random.gauss(0, 1), np.random.normal(), float(torch.randn(()))]
     assert found == expected
     assert same(resumed.model, engine.model)
 
 
-def test_training_states_that_can_t_be_used(tmp_path: Path) -> None:
+class SlowStore:
+    """A store whose large writes wait for leave."""
+
+    def __init__(self, store: Store, release: threading.Event) -> None:
+        self._store, self._release = store, release
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def write_pieces(self, *arguments: Any) -> None:
+        assert self._release.wait(60)
+        self._store.write_pieces(*arguments)
+
+
+def test_what_is_written_is_what_was_there_when_it_began(tmp_path: Path) -> None:
+    """Training goes on while a thread writes; it doesn't show in the checkpoint."""
+    store, engine = Store.at(str(tmp_path)), engine_at_step_0()
+    advance(engine, 2)
+    before = {piece.name: piece.values["weight"].clone() for piece in engine.pieces()}
+    release = threading.Event()
+    saver = Saver(SlowStore(store, release))  # type: ignore[arg-type]
+    saver.begin(engine, PROGRESS)
+    assert saver.finish() is None and not is_complete(store, step_name(2, 1))
+    advance(engine, 1)
+    release.set()
+    assert saver.finish(wait=True) == PROGRESS
+    assert saver.finish() is None  # told once
+    restore(store, step_name(2, 1), engine)
+    assert all(torch.equal(piece.values["weight"], before[piece.name]) for piece in engine.pieces())
+
+
+def test_a_checkpoint_that_can_t_be_written_is_told(tmp_path: Path) -> None:
+    """In the thread that trains; what is there is no checkpoint."""
+    store, engine = Store.at(str(tmp_path)), engine_at_step_0()
+    (tmp_path / step_name(2, 1)).write_text("a file where the folder should be")
+    saver = Saver(store)
+    with pytest.raises(StorageError):
+        saver.begin(engine, PROGRESS)
+        saver.finish(wait=True)
+    assert latest_checkpoint(store) == ""
+
+
+def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
+    """In whichever file, of whichever tensor, and one that is missing."""
+    store, engine = Store.at(str(tmp_path)), engine_at_step_0()
+    advance(engine, 1)
+    name = save(store, engine)
+    rng = np.random.default_rng(0)
+    for file in (f"{name}/part-00000.safetensors", f"{name}/state.json"):
+        path = tmp_path / file
+        content = path.read_bytes()
+        for at in [0, 9, len(content) - 1, *rng.integers(0, len(content), 20).tolist()]:
+            path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+            with pytest.raises(CheckpointError, match=r"damaged|can't be read|no readable"):
+                restore(store, name, engine)
+        path.write_bytes(content[:-1])
+        assert not is_complete(store, name)
+        path.write_bytes(content)
+    restore(store, name, engine)
+    (tmp_path / name / "part-00000.safetensors").unlink()
+    assert not is_complete(store, name) and latest_checkpoint(store) == ""
+
+
+def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    store, engine = Store.at(str(tmp_path)), engine_at_step_0()
+    for parameter in engine.model.llm.parameters():
+        parameter.requires_grad_(False)
+    name = save(store, engine)
+    with pytest.raises(CheckpointError, match=r"is trained now but is not in the checkpoint; set family.fr"):
+        restore(store, name, engine_at_step_0())
+
+
+def test_a_moving_average_that_begins_later_begins_with_the_weights(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
     engine = engine_at_step_0()
-    folder = tmp_path / "step-2"
-    with pytest.raises(CheckpointError, match=r"holds no readable state\.json"):
-        load_training(folder, engine)
-    save_training(folder, engine, PROGRESS)
-    (folder / "rng-0.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"rng-0\.pt can't be read"):
-        load_training(folder, engine)
-    whole = (folder / "torch.pt").read_bytes()
-    (folder / "torch.pt").write_bytes(whole[:1000])
-    with pytest.raises(CheckpointError, match=r"torch\.pt can't be read"):
-        load_training(folder, engine)
-    (folder / "torch.pt").unlink()
-    with pytest.raises(CheckpointError, match="written by another engine"):
-        load_training(folder, engine)
-    save_training(folder, engine, Progress(2, 4, ranks=3, batch_size=6, config={}))
-    with pytest.raises(CheckpointError, match=r"written by 3 workers .* set cluster\.workers=3"):
-        load_training(folder, engine)
-    for content in ("", "[]", "{}", '{"step": 1}'):
-        (folder / "state.json").write_text(content)
+    advance(engine, 2)
+    averaged = engine_at_step_0(ema=0.9)
+    restore(store, save(store, engine), averaged)
+    for piece in averaged.pieces():
+        assert torch.equal(piece.values["average"], piece.values["weight"])
+
+
+def test_a_moving_average_is_the_sum_it_should_be() -> None:
+    """a_k = d a_(k-1) + (1 - d) w_k, from the weights at the start; it is what is exported."""
+    engine = engine_at_step_0(ema=0.75)
+    average = {piece.name: piece.values["weight"].double() for piece in engine.pieces()}
+    for _ in range(4):
+        advance(engine, 1)
+        for piece in engine.pieces():
+            average[piece.name] = 0.75 * average[piece.name] + 0.25 * piece.values["weight"].double()
+    exported = engine.weights()
+    for piece in engine.pieces():
+        torch.testing.assert_close(
+            piece.values["average"].double(), average[piece.name], rtol=1e-5, atol=1e-6
+        )
+        assert torch.equal(exported[piece.name].flatten(), piece.values["average"])
+        assert not torch.equal(piece.values["average"], piece.values["weight"])
+
+
+def test_states_that_say_nothing(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
+    for content in (b"", b"[]", b"{}", b'{"step": 1}', b"\xff"):
+        store.write_bytes("step-1/state.json", content)
         with pytest.raises(CheckpointError, match=r"no readable state\.json"):
-            read_progress(folder)
+            read_progress(store, "step-1")
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), ranks=st.integers(1, 9))
+def test_shares_of_what_all_hold_are_the_whole(lengths: list[int], ranks: int) -> None:
+    """Each number is in exactly one share, in order, and shares are equally large."""
+    pieces = [
+        Piece(f"p{number}", 3, {"weight": torch.arange(float(length)) + 100 * number})
+        for number, length in enumerate(lengths)
+    ]
+    shares = [share(pieces, rank, ranks) for rank in range(ranks)]
+    joined = [value for part in shares for piece in part for value in piece.values["weight"].tolist()]
+    assert joined == [value for piece in pieces for value in piece.values["weight"].tolist()]
+    sizes = [sum(piece.length for piece in part) for part in shares]
+    assert max(sizes) - min(sizes) <= 1
+    for piece in (piece for part in shares for piece in part):
+        assert piece.start == 3 + piece.values["weight"][0].item() % 100
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    """The newest, the best of the others, and what is being written; nothing that was never finished."""
+    store, engine = Store.at(str(tmp_path)), engine_at_step_0()
+    for step, loss in ((1, 0.5), (2, 3.0), (3, None), (4, 0.7), (5, 2.0), (6, 1.0)):
+        save(store, engine, Progress(step, step, 1, {}, loss=loss))
+    (tmp_path / step_name(2, 1) / COMPLETE).unlink()
+    (tmp_path / step_name(7, 1)).mkdir()
+    (tmp_path / step_name(7, 1) / "part-00000.safetensors").write_bytes(b"half")
+    retire(store, last=2, best=1)
+    assert [step_of(name) for name in checkpoints_in(store)] == [1, 5, 6, 7]
+    retire(store, last=1, best=0)
+    assert [step_of(name) for name in checkpoints_in(store)] == [6, 7]
+    assert latest_checkpoint(store) == step_name(6, 1)
 
 
 def test_a_position_means_the_same_sample() -> None:
     """What changes the order of samples is refused; what doesn't may change between restarts."""
     config = RunConfig(data=DataConfig(manifest="a.json"))
-    progress = Progress(2, 4, ranks=1, batch_size=4, config=redacted(config))
+    progress = Progress(2, 4, ranks=1, config=redacted(config))
     config.train.steps, config.data.unit, config.data.ahead = 999, 8, 64
     check_same_order(progress, to_plain(config))
     config.data.window = 2
@@ -268,20 +401,35 @@ def test_a_position_means_the_same_sample() -> None:
 
 def test_complete_means_every_file_in_full(tmp_path: Path) -> None:
     store = Store.at(str(tmp_path))
-    assert not is_complete(store, "step-1")
-    store.write_bytes("step-1/state.json", b"{}")
-    store.write_bytes("step-1/deep/model.pt", b"12345")
-    assert not is_complete(store, "step-1")
-    mark_complete(store, "step-1")
-    assert is_complete(store, "step-1")
-    listed = json.loads(store.read_bytes(f"step-1/{COMPLETE}"))
-    assert listed == {"step-1/deep/model.pt": 5, "step-1/state.json": 2}
-    (tmp_path / "step-1/deep/model.pt").write_bytes(b"1234")
-    assert not is_complete(store, "step-1")
-    (tmp_path / "step-1/deep/model.pt").write_bytes(b"54321")
-    assert is_complete(store, "step-1")
-    (tmp_path / "step-1/deep/model.pt").unlink()
-    assert not is_complete(store, "step-1")
-    for torn in (b"", b"{", b"[1]", b"null"):
-        store.write_bytes(f"step-1/{COMPLETE}", torn)
-        assert not is_complete(store, "step-1")
+    name = save(store, engine_at_step_0())
+    listed = json.loads(store.read_bytes(f"{name}/{COMPLETE}"))
+    assert set(listed) == {f"{name}/state.json", f"{name}/part-00000.safetensors"}
+    for path, file in listed.items():
+        assert file["size"] == (tmp_path / path).stat().st_size
+    state = tmp_path / name / "state.json"
+    content = state.read_bytes()
+    state.write_bytes(content[:-1])
+    assert not is_complete(store, name)
+    state.write_bytes(content)
+    assert is_complete(store, name)
+    for torn in (b"", b"{", b"[1]", b"null", b"{}", b'{"a": 1}'):
+        store.write_bytes(f"{name}/{COMPLETE}", torn)
+        assert not is_complete(store, name)
+
+
+def test_parts_are_safetensors(tmp_path: Path) -> None:
+    """Any tool that knows the format reads them."""
+    engine = engine_at_step_0()
+    name = save(Store.at(str(tmp_path)), engine)
+    part = load_file(tmp_path / name / "part-00000.safetensors")
+    for piece in engine.pieces():
+        assert torch.equal(part[f"weight/0/{piece.name}"], piece.values["weight"])
+
+
+def test_a_part_without_its_fellow_is_no_checkpoint(tmp_path: Path) -> None:
+    store = Store.at(str(tmp_path))
+    name = save(store, engine_at_step_0())
+    state = {"step": 2, "position": 4, "ranks": 2, "config": {}}
+    store.write_bytes(f"{name}/state.json", json.dumps(state).encode())
+    with pytest.raises(CheckpointError, match=r"part-00001\.safetensors is missing right after"):
+        mark_complete(store, name)

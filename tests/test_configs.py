@@ -132,7 +132,7 @@ def test_plain_and_back() -> None:
 
 REFUSED = {
     ("train", "data.scenes.questions=9"): "data.scenes.questions: 9 is out of range",
-    ("train", "train.batch_size=7 train.accumulation=2"): "divisible by workers x accumulation = 2",
+    ("train", "train.batch_size=2 train.accumulation=3"): "2 is less than workers x accumulation = 3",
     ("train", "weights=understanding_only weights.understanding=0"): "all four are 0",
     ("train", "name=a/b"): "must be one word",
     ("train", "teachers.depth.name=sam"): "teachers.depth.name: unknown value 'sam'",

@@ -241,7 +241,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Group]:
     saved = str(folder / "saved")
     two: dict[str, Any] = {
         "zero2": ("train_adapters", {"engine": "zero2", "save": saved}),
-        "zero2-resumed": ("train_adapters", {"engine": "zero2", "load": saved}),
+        "zero2-resumed": ("train_adapters", {"engine": "zero2", "begin": saved}),
         "zero3": ("train_adapters", {"engine": "zero3"}),
     }
     started = {

@@ -373,7 +373,20 @@ class TrainConfig:
     weight_decay: float = knob(0.02, "of AdamW; not for biases, norms and the diffusion head")
     clip: float = knob(1.0, "largest norm of the gradient")
     checkpoint_every: int = knob(100, "steps; 0 = only the last")
-    keep_checkpoints: int = knob(2, "older ones are deleted")
+    keep_checkpoints: int = knob(2, "the newest ones that stay; others are deleted")
+    keep_best: int = knob(0, "of the others, those of least loss that stay too")
+    ema: float = knob(
+        0.0, "decay of a moving average of the weights, like 0.999; it is what is exported; 0 = none"
+    )
+    max_skipped: int = knob(
+        10, "updates in a row that are skipped because loss or gradient isn't finite; one more stops the run"
+    )
+    spike: float = knob(
+        0.0, "a loss this many times the median of the last 100 steps is a spike, above 1; 0 = never"
+    )
+    rollback_after: int = knob(
+        0, "spikes in a row that bring back the last checkpoint; their samples are left out; 0 = never"
+    )
     max_text_tokens: int = knob(1472, "longer conversations are cut, and counted")
     prompt_dropout: float = knob(0.1, "share of redrawing prompts replaced by an unconditional one, 0..1")
     published_prompts: bool = knob(False, "the published recipe's prompts and their order, for comparisons")
@@ -386,7 +399,13 @@ class TrainConfig:
         require("train.eps", self.eps, 0, above=True)
         require("train.clip", self.clip, 0, above=True)
         require("train.weight_decay", self.weight_decay, 0)
-        require("train.checkpoint_every", self.checkpoint_every, 0)
+        for key in ("checkpoint_every", "keep_best", "max_skipped", "rollback_after"):
+            require(f"train.{key}", getattr(self, key), 0)
+        require("train.ema", self.ema, 0, 0.999999)
+        if self.spike:
+            require("train.spike", self.spike, 1, above=True)
+        if self.rollback_after and not self.spike:
+            raise ConfigError("train.rollback_after is set but train.spike is 0; give a factor, like 3")
         require("train.prompt_dropout", self.prompt_dropout, 0, 1)
         if len(self.betas) != 2:
             raise ConfigError(f"train.betas: {self.betas!r} must be two numbers, like [0.9,0.95]")
@@ -418,17 +437,32 @@ class ClusterConfig:
     """Ray."""
 
     workers: int = knob(0, "training processes; 0 = one per GPU of the cluster, at least one")
+    min_workers: int = knob(
+        0,
+        "go on with so few when nodes are lost, grow back to cluster.workers; 0 = with all or not at all",
+    )
     cpus_per_worker: float = knob(
         0.5, "logical CPUs of a worker; small, so that a laptop has room for the data"
     )
     max_failures: int = knob(3, "restarts after a crash")
     timeout_seconds: int = knob(600, "without a word from a worker, seconds, at least 10")
+    hang_seconds: int = knob(
+        1800,
+        "a step that takes longer is told with its stack and its worker replaced, seconds; waiting for data "
+        "doesn't count; 0 = never",
+    )
 
     def check(self) -> None:
         require("cluster.workers", self.workers, 0)
         require("cluster.cpus_per_worker", self.cpus_per_worker, 0, above=True)
         require("cluster.max_failures", self.max_failures, 0)
         require("cluster.timeout_seconds", self.timeout_seconds, 10)
+        require("cluster.hang_seconds", self.hang_seconds, 0)
+        require("cluster.min_workers", self.min_workers, 0)
+        if self.workers and self.min_workers > self.workers:
+            raise ConfigError(
+                f"cluster.min_workers: {self.min_workers} is above cluster.workers = {self.workers}"
+            )
 
 
 @dataclass
@@ -487,10 +521,9 @@ class RunConfig:
                 f"name: {self.name!r} must be one word without slashes, spaces or a leading dot"
             )
         shares = self.train.accumulation * max(self.cluster.workers, 1)
-        if self.train.batch_size % shares:
+        if self.train.batch_size < shares:
             raise ConfigError(
-                f"train.batch_size: {self.train.batch_size} must be divisible "
-                f"by workers x accumulation = {shares}"
+                f"train.batch_size: {self.train.batch_size} is less than workers x accumulation = {shares}"
             )
 
     def _check_labels(self) -> None:

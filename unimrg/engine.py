@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +20,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unimrg.config import EngineConfig, TrainConfig
-from unimrg.errors import CheckpointError, MissingExtraError, first_line
+from unimrg.errors import MissingExtraError
 from unimrg.families.base import Family
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
+from unimrg.pieces import (
+    AVERAGE,
+    MovingAverage,
+    Piece,
+    set_updates,
+    spread_zero,
+    torch_pieces,
+    updates,
+    whole,
+    zero_pieces,
+)
 from unimrg.sample import Task
 from unimrg.schedule import cosine_with_warmup
 
@@ -43,18 +53,31 @@ class Engine(Protocol):
     def backward(self, total: Tensor, last: bool) -> None: ...
 
     def step(self) -> float | Tensor:
-        """Clip, update, advance the schedule; returns the gradient norm before clipping."""
+        """Clip, update, advance the schedule; returns the gradient norm before clipping.
+
+        Where that isn't finite nothing is updated.
+        """
 
     def learning_rate(self) -> float:
         """Of the last update."""
 
-    def save(self, folder: Path) -> None:
-        """Model, optimiser and schedule of this rank into `folder`; every rank calls it."""
+    replicated: bool
+    """Does every rank hold the same pieces?"""
 
-    def load(self, folder: Path) -> None: ...
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of trained weights and moments: views, to be read or written."""
+
+    def updates(self) -> int:
+        """Updates that AdamW has made."""
+
+    def resume(self, steps_done: int, updates: int) -> None:
+        """Go on behind so many steps with what was written into the pieces; every rank calls it."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole model's state dict on the CPU, for rank 0; every rank calls it."""
+        """The whole model's state dict on the CPU, for rank 0; every rank calls it.
+
+        With a moving average that one's values.
+        """
 
 
 def world() -> tuple[int, int]:
@@ -108,13 +131,20 @@ def _adamw(model: Family, train: TrainConfig) -> torch.optim.AdamW:
         lr=train.learning_rate,
         betas=(train.betas[0], train.betas[1]),
         eps=train.eps,
+        fused=True,
     )
+
+
+def _average(engine: Engine, train: TrainConfig) -> MovingAverage | None:
+    """Of an engine whose moving average isn't made yet."""
+    engine._average = None  # type: ignore[attr-defined]
+    return MovingAverage(engine.pieces(), train.ema) if train.ema else None
 
 
 class TorchEngine:
     """Plain torch: AdamW, DistributedDataParallel when there are several ranks, autocast for bfloat16."""
 
-    FILE = "torch.pt"
+    replicated = True
 
     def __init__(self, model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> None:
         self.model = model.to(device)
@@ -125,6 +155,7 @@ class TorchEngine:
         self._clip = train.clip
         self._dtype = choose_precision(config, device)
         self._optimizer = _adamw(model, train)
+        self._average = _average(self, train)
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if self.ranks > 1:
             devices = [device] if device.type == "cuda" else None
@@ -145,37 +176,38 @@ class TorchEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.at(self.steps_done)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        # The fused AdamW looks at this flag on the device, so that nobody waits for the norm.
+        self._optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._average:
+            self._average.update()
         self.steps_done += 1
         return norm
 
     def learning_rate(self) -> float:
         return self._schedule.at(max(self.steps_done - 1, 0))
 
-    def save(self, folder: Path) -> None:
-        if world()[0] == 0:
-            state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
-            torch.save(state | {"steps_done": self.steps_done}, folder / self.FILE)
+    def pieces(self) -> list[Piece]:
+        pieces = torch_pieces(self.model, self._optimizer)
+        return self._average.attach(pieces) if self._average else pieces
 
-    def load(self, folder: Path) -> None:
-        _check_writer(folder, self.FILE)
-        try:
-            state = torch.load(folder / self.FILE, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # torch raises several kinds for a damaged or foreign file
-            raise CheckpointError(
-                f"{folder / self.FILE} can't be read ({first_line(error)}); continue from another checkpoint"
-            ) from error
-        self.steps_done = state["steps_done"]
+    def updates(self) -> int:
+        return updates(self._optimizer)
+
+    def resume(self, steps_done: int, updates: int) -> None:
+        self.steps_done = steps_done
+        set_updates(self._optimizer, updates)
 
     def weights(self) -> dict[str, Tensor]:
-        return _on_host(self.model)
+        state = _on_host(self.model)
+        return _averaged(self, state) if self._average else state
 
 
 class DeepSpeedEngine:
     """DeepSpeed ZeRO 1, 2 or 3: bfloat16 with float32 master weights on GPUs, float32 on CPUs."""
+
+    replicated = False
 
     def __init__(self, model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> None:
         deepspeed = import_deepspeed(device)
@@ -185,7 +217,6 @@ class DeepSpeedEngine:
         self.ranks = world()[1]
         self._schedule = _Schedule(train)
         self._stage = config.zero_stage
-        self._tag = f"zero{config.zero_stage}"
         if not dist.is_initialized():
             # DeepSpeed always wants a process group, also for one process.
             store = dist.HashStore()
@@ -202,6 +233,7 @@ class DeepSpeedEngine:
         # DeepSpeed rounds buffers to bfloat16 too, but rotary frequencies need all their digits.
         for name, buffer in model.named_buffers():
             buffer.data = exact[name]
+        self._average = _average(self, train)
 
     def _config(self, train: TrainConfig, config: EngineConfig) -> dict[str, Any]:
         """Clipping is always set: DeepSpeed's own default is not "off"."""
@@ -227,6 +259,8 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.at(self.steps_done)
         self._engine.step()
+        if self._average:
+            self._average.update()
         self.steps_done += 1
         # DeepSpeed skips an update whose gradients aren't finite, and keeps the norm of the one before.
         norm = None if self._optimizer.overflow else self._engine.get_global_grad_norm()
@@ -235,41 +269,24 @@ class DeepSpeedEngine:
     def learning_rate(self) -> float:
         return self._schedule.at(max(self.steps_done - 1, 0))
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(
-            str(folder), tag=self._tag, client_state={"steps_done": self.steps_done}, save_latest=False
-        )
+    def pieces(self) -> list[Piece]:
+        pieces = zero_pieces(self.model, self._optimizer, self._stage, world()[0])
+        return self._average.attach(pieces) if self._average else pieces
 
-    def load(self, folder: Path) -> None:
-        _check_writer(folder, self._tag)
-        try:
-            _, state = self._engine.load_checkpoint(str(folder), tag=self._tag)
-            self.steps_done = state["steps_done"]
-        except Exception as error:  # DeepSpeed raises many kinds for damaged files and other numbers of ranks
-            raise CheckpointError(
-                f"{folder / self._tag} can't be read ({first_line(error)}); continue from another checkpoint"
-            ) from error
+    def updates(self) -> int:
+        return updates(self._optimizer.optimizer)
+
+    def resume(self, steps_done: int, updates: int) -> None:
+        self.steps_done = steps_done
+        set_updates(self._optimizer.optimizer, updates)
+        spread_zero(self._optimizer, self._stage)
 
     def weights(self) -> dict[str, Tensor]:
-        if self._stage < 3:
-            return _on_host(self.model)
         import deepspeed
 
-        return _on_host(self.model, lambda tensor: deepspeed.zero.GatheredParameters([tensor]))
-
-
-def _check_writer(folder: Path, mine: str) -> None:
-    """Raise CheckpointError unless `mine`, this engine's part of a checkpoint, is in the folder."""
-    if (folder / mine).exists():
-        return
-    writers = [name for name in ("torch.pt", "zero1", "zero2", "zero3") if (folder / name).exists()]
-    if not writers:
-        raise CheckpointError(
-            f"{folder} lacks {mine}: damaged, or written by another engine; continue from another checkpoint"
-        )
-    raise CheckpointError(
-        f"{folder} was written by another engine; continue it with engine={writers[0].removesuffix('.pt')}"
-    )
+        gathered = (lambda tensor: deepspeed.zero.GatheredParameters([tensor])) if self._stage == 3 else None
+        state = _on_host(self.model, gathered)
+        return _averaged(self, state) if self._average else state
 
 
 def _on_host(
@@ -288,6 +305,18 @@ def _on_host(
             if first:
                 copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
     return {name: copies[id(tensor)] for name, tensor in state.items()} if first else {}
+
+
+def _averaged(engine: Engine, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of rank 0 with the moving averages in place of the weights."""
+    for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        average = torch.empty(getattr(parameter, "ds_shape", parameter.shape))
+        whole(engine.pieces(), AVERAGE, {name: average}, engine.replicated)
+        if state:
+            state[name].copy_(average)  # in place: tied names share it
+    return state
 
 
 def import_deepspeed(device: torch.device) -> Any:

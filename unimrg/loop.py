@@ -10,13 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
-from unimrg.engine import Engine, gather
+from unimrg.config import TrainConfig
+from unimrg.engine import Engine, gather, world
 from unimrg.errors import DataError
+from unimrg.health import Health, LossSpike
 from unimrg.losses import combine
 from unimrg.packing import Batch
 from unimrg.sample import Task
+
+DATA_ENDED = "the data ended; is any sample usable?"
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ class StepOutput:
     step: 1 for the first. losses: mean of every task present. total: as in `losses.combine`.
     position: 1 + the largest sample position used on any rank. samples, tokens: of all ranks.
     started, ready, ended: values of `time.perf_counter()`: batch asked for, batch there, update done.
-    truncated: conversations cut at the maximum length.
+    truncated: conversations cut at the maximum length. wrong: what is wrong with the step ("skipped": loss or
+    gradient wasn't finite and nothing was updated, "spike"), or "". suspects: ids of the samples of a step
+    that went wrong, only those of the workers whose loss wasn't finite if there are any.
     """
 
     step: int
@@ -41,6 +48,8 @@ class StepOutput:
     ready: float
     ended: float
     truncated: int
+    wrong: str = ""
+    suspects: tuple[str, ...] = ()
 
 
 def train_step(
@@ -55,7 +64,10 @@ def train_step(
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         losses = engine.forward(batch.to(engine.device), last)
-        engine.backward(combine(losses, weights, counts, engine.ranks), last)
+        total = combine(losses, weights, counts, engine.ranks)
+        # Times one, or times NaN where the loss isn't finite: then no gradient is, on any rank, and the
+        # engines skip the update without anybody waiting for a number.
+        engine.backward(total * (1 + 0 * total.detach()), last)
         for task, loss in losses.items():
             sums[task] = sums.get(task, 0) + loss.sum.detach()
     return sums, engine.step(), counts
@@ -77,31 +89,71 @@ def fit(
     save: Callable[[StepOutput], None] = lambda output: None,
     save_every: int = 0,
     stop: Callable[[], str] = str,
+    pause: Callable[[], bool] = bool,
+    health: Health | None = None,
 ) -> None:
     """Train until `steps` optimiser steps are done (those of a resumed engine count).
 
     batches: micro-batches of one step at a time, the same number on every rank. observe: called after every
-    step; save: every `save_every` steps and after the last one. stop: a reason to give up, or "".
-    Raises DataError, on every rank, when one gives up, the batches end too early, or a loss is not finite.
+    step; save: every `save_every` steps and after the last one. stop: a reason to give up, or "". pause:
+    whether to save now and return before the end. health: how much may go wrong; by default as much as by the
+    default configuration.
+    Raises DataError, on every rank, when one gives up, the batches end too early, or too many updates in a
+    row were skipped; LossSpike when it is time to go back.
     """
     source = iter(batches)
+    health = health or Health(TrainConfig())
+    unsaved: StepOutput | None = None
     while engine.steps_done < steps:
         started = time.perf_counter()
         micro_batches = next(source, None)
         ready = time.perf_counter()
-        _agree_to_go_on(stop() or ("" if micro_batches else "the data ended; is any sample usable?"))
+        if not _agree_to_go_on(stop() or ("" if micro_batches else DATA_ENDED), pause()):
+            if unsaved:
+                save(unsaved)
+            return
         assert micro_batches is not None
         sums, norm, counts = train_step(engine, micro_batches, weights)
-        output = _summarise(engine, micro_batches, weights, (sums, norm, counts), (started, ready))
+        output = _summarise(engine, micro_batches, weights, (sums, norm, counts), (started, ready), health)
         observe(output)
+        _check(output, health)
+        unsaved = output
         if engine.steps_done == steps or (save_every and engine.steps_done % save_every == 0):
             save(output)
+            unsaved = None
 
 
-def _agree_to_go_on(reason: str) -> None:
-    """Every rank raises if one has a reason to: a rank that left alone would leave the others waiting."""
-    if any(flag for (flag,) in gather([float(bool(reason))])):
+def _agree_to_go_on(reason: str, pause: bool) -> bool:
+    """False on every rank if one wants a pause; every rank raises if one has a reason to.
+
+    A rank that left alone would leave the others waiting.
+    """
+    stops, pauses = zip(*gather([float(bool(reason)), float(pause)]), strict=True)
+    if any(stops):
         raise DataError(reason or "another worker gave up; its message says why")
+    return not any(pauses)
+
+
+def _check(output: StepOutput, health: Health) -> None:
+    if health.must_go_back:
+        raise LossSpike(output.step, output.position)
+    if health.must_stop:
+        raise DataError(
+            f"the loss is {output.total:g} and the gradient's norm {output.grad_norm:g} at step {output.step}"
+            f", the last of {health.skipped_in_a_row} such steps in a row; look at the samples "
+            f"{', '.join(output.suspects[:8])}, or lower train.learning_rate"
+        )
+
+
+def _suspects(batches: Sequence[Batch], finite: bool) -> tuple[str, ...]:
+    """Ids of all ranks' samples, or only of the ranks whose loss isn't finite."""
+    mine = (finite, [name for batch in batches for name in batch.ids])
+    everyone = [mine]
+    if world()[1] > 1:
+        everyone = [mine] * world()[1]
+        dist.all_gather_object(everyone, mine)
+    bad = [names for fine, names in everyone if not fine] or [names for _, names in everyone]
+    return tuple(name for names in bad for name in names)
 
 
 def _summarise(
@@ -110,6 +162,7 @@ def _summarise(
     weights: Mapping[Task, float],
     result: tuple[Mapping[Task, Tensor], float | Tensor, Mapping[Task, float]],
     times: tuple[float, float],
+    health: Health,
 ) -> StepOutput:
     """Global means and sizes of the step just done; the only place that reads losses on the host."""
     sums, norm, counts = result
@@ -125,9 +178,7 @@ def _summarise(
     }
     active = sum(weights[task] for task in means)
     total = sum(weights[task] * mean for task, mean in means.items()) / active if active else 0.0
-    for name, value in (("loss", total), ("gradient's norm", float(norm))):
-        if not math.isfinite(value):
-            raise DataError(f"the {name} is {value} at step {engine.steps_done}; lower train.learning_rate")
+    wrong = health.judge(total, float(norm))
     return StepOutput(
         step=engine.steps_done,
         losses=means,
@@ -141,4 +192,6 @@ def _summarise(
         ready=times[1],
         ended=time.perf_counter(),
         truncated=int(sum(cut)),
+        wrong=wrong,
+        suspects=_suspects(batches, all(map(math.isfinite, mine))) if wrong else (),
     )

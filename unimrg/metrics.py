@@ -83,6 +83,25 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "data_wait_share", "0..1", "part of the wall time spent waiting for a batch", "unimrg_data_wait_share"
     ),
+    Metric(
+        "checkpoint_seconds",
+        "s",
+        "time for which training stood still to save the last checkpoint",
+        "unimrg_checkpoint_seconds",
+    ),
+    Metric("checkpoint_step", "steps", "optimiser steps in the last checkpoint", "unimrg_checkpoint_step"),
+    Metric(
+        "skipped_steps",
+        "steps",
+        "updates left out because loss or gradient was not finite",
+        "unimrg_skipped_steps",
+        counts_up=True,
+    ),
+    Metric("loss_spikes", "steps", "steps whose loss jumped", "unimrg_loss_spikes", counts_up=True),
+    Metric("rollbacks", "times", "returns to an earlier checkpoint", "unimrg_rollbacks", counts_up=True),
+    Metric("restarts", "times", "times that training was taken up again", "unimrg_restarts", counts_up=True),
+    Metric("hangs", "times", "workers ended because a step took too long", "unimrg_hangs", counts_up=True),
+    Metric("workers", "processes", "training processes", "unimrg_workers"),
     Metric("skipped", "samples", "unusable samples so far", "unimrg_skipped_samples", counts_up=True),
     Metric("time_left_seconds", "s", "expected time until the last step", "unimrg_time_left_seconds"),
     Metric("timestamp", "s since 1970", "when the step ended", "unimrg_timestamp_seconds"),

@@ -112,7 +112,7 @@ class Batch:
     plan: which token looks at which. counts: the normaliser of each task's mean (answer tokens, masked
     latent rows), known before the forward pass so that it can be summed over ranks and accumulation.
     samples, tokens: sizes, for throughput. next_position: 1 + the largest sample position inside.
-    notes: events worth counting, such as truncated texts.
+    ids: of the samples. notes: events worth counting, such as truncated texts.
     """
 
     plan: Plan
@@ -120,6 +120,7 @@ class Batch:
     samples: int
     tokens: int
     next_position: int
+    ids: tuple[str, ...] = ()
     notes: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:

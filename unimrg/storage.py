@@ -308,6 +308,17 @@ class Store:
         """
         self._put(path, lambda: [data], len(data))
 
+    def write_pieces(self, path: str, pieces: Callable[[], Iterable[bytes | memoryview]], size: int) -> None:
+        """`write_bytes` of `size` bytes in pieces; asked for again, from the first one, for every attempt."""
+
+        def small() -> Iterator[memoryview]:
+            for piece in pieces():
+                view = memoryview(piece)
+                for at in range(0, len(view), CHUNK_BYTES):
+                    yield view[at : at + CHUNK_BYTES]
+
+        self._put(path, small, size)
+
     def upload(self, local_folder: str | os.PathLike[str], path: str) -> None:
         """Copy every file below `local_folder` to `path`; each one's size is read back.
 
@@ -424,7 +435,7 @@ class Store:
 
         return opened
 
-    def _put(self, path: str, pieces: Callable[[], Iterable[bytes]], size: int) -> None:
+    def _put(self, path: str, pieces: Callable[[], Iterable[bytes | memoryview]], size: int) -> None:
         """Write one object of `size` bytes and check that it arrived. pieces: the content, from its start."""
         key = self._key(path)
         if self.is_local:
@@ -448,7 +459,7 @@ class Store:
 
         self._call("write", path, attempt)
 
-    def _write_object(self, key: str, pieces: Iterable[bytes], attempts: int) -> None:
+    def _write_object(self, key: str, pieces: Iterable[bytes | memoryview], attempts: int) -> None:
         source = iter(pieces)
         torn = False
         try:
@@ -685,7 +696,7 @@ def _pieces(source: BinaryIO | pa.NativeFile) -> Iterator[bytes]:
         yield piece
 
 
-def _write_local(target: Path, pieces: Iterable[bytes | bytearray]) -> None:
+def _write_local(target: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
     """Temporary file beside `target`, flushed to disk, then renamed over it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")

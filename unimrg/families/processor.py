@@ -136,7 +136,8 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         if self._lacks_a_module(branches):
             branches += self._filler(pictures)
         next_position = 1 + max((s.position for s in samples), default=-1)
-        return self.assemble(branches, pictures, len(samples), next_position, notes)
+        batch = self.assemble(branches, pictures, len(samples), next_position, notes)
+        return replace(batch, ids=tuple(sample.id for sample in samples))
 
     # -- what a family says ----------------------------------------------------------------------------------
 
