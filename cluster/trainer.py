@@ -35,7 +35,6 @@ from unimrg.report import write_report
 from unimrg.storage import Store
 
 LOCAL_OUTPUTS = "outputs"
-RESIZE_SECONDS = 60.0
 PAUSED = 75
 """Exit status of a run that saved and ended because it was told to (SIGTERM): run it again. EX_TEMPFAIL."""
 
@@ -105,7 +104,7 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
-            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),

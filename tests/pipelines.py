@@ -32,7 +32,7 @@ import cluster.teachers
 from cluster import label_job
 from cluster.labeler import Labeller, open_stores
 from cluster.monitor import start_monitor
-from cluster.pipeline import Ingest, Stored, image_side, uses_store
+from cluster.pipeline import Ingest, Stored, image_side, share_of, uses_store
 from cluster.prepare import make_absolute
 from cluster.teachers import make_teacher as make_model
 from cluster.teachers import settle_types
@@ -252,7 +252,8 @@ class Consumer:
 
     def step(self) -> list[tuple[int, str]]:
         """Positions of this rank's next samples, and digests of all they hold."""
-        return [(row["position"], _digest(row)) for row in next(self.tables).to_pylist()]
+        rows = next(self.tables).to_pylist()
+        return [(row["position"], _digest(row)) for row in rows if row["id"] is not None]
 
 
 def _digest(row: dict[str, Any]) -> str:
@@ -293,7 +294,7 @@ class Training:
         rest = config.train.steps * size
         ray.get(ingest.split.remote(ingest, start, rest, workers, image_side(config)))
         actor = ray.remote(Consumer).options(num_cpus=0)
-        ranks = [actor.remote(ingest, rank, size // workers) for rank in range(workers)]
+        ranks = [actor.remote(ingest, rank, share_of(size, workers)) for rank in range(workers)]
         done: list[Step] = []
         try:
             for _ in range(steps):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.session import ray_session
-from cluster.trainer import run
+from cluster.trainer import PAUSED, run
 from tests.faulty_s3 import Rule, faulty
 from tests.pipelines import s3_words
 from tests.s3 import S3Server
@@ -147,32 +147,51 @@ def undisturbed(base: Path, scenes: Path, tmp_path_factory: pytest.TempPathFacto
     return outputs / "run"
 
 
-def test_killed_worker_recovers_exactly(
+def at_step(folder: Path, step: int, do: Callable[[], None]) -> None:
+    """Call `do` from a thread as soon as the metrics tell of that step."""
+    metrics = folder / "metrics.jsonl"
+
+    def watch() -> None:
+        while not metrics.exists() or len(read_jsonl(metrics)) < step:
+            time.sleep(0.02)
+        do()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def newest_worker(folder: Path) -> int:
+    """Process id of rank 0 in the worker group that began last."""
+    begun = [e for e in read_jsonl(folder / "events.jsonl") if e["event"] in ("start", "resume")]
+    return int(begun[-1]["detail"]["pids"][0])
+
+
+def test_paused_and_killed_runs_end_exactly(
     config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of a worker in mid-run: it goes on from the last checkpoint and ends with the same weights."""
+    """SIGTERM: it saves, says how to go on, and exits with 75. The same command goes on from there.
+
+    kill -9 of a worker in mid-run: it goes on from the last checkpoint. The weights are the undisturbed ones.
+    """
     folder = tmp_path / "outputs" / "run"
-    metrics = folder / "metrics.jsonl"
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not killed:
-            if metrics.exists() and len(read_jsonl(metrics)) >= 3:
-                killed.append(read_jsonl(folder / "events.jsonl")[0]["detail"]["pids"][0])
-                os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.02)
-
-    threading.Thread(target=kill, daemon=True).start()
-    assert run(config("report.enabled=false", "train.steps=8")) == 0
+    words = ("report.enabled=false", "train.steps=8", "train.checkpoint_every=3")
+    at_step(folder, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(config(*words)) == PAUSED == 75
+    paused = len(read_jsonl(folder / "metrics.jsonl"))
+    assert 1 <= paused < 5 and not (folder / "model").exists()
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{paused:08d}-w1"]
+    at_step(folder, 5, lambda: os.kill(newest_worker(folder), signal.SIGKILL))
+    assert run(config(*words)) == 0
     events = [e["event"] for e in read_jsonl(folder / "events.jsonl")]
-    assert events.count("resume") == 1, events
-    assert [record["step"] for record in read_jsonl(metrics)] == list(range(1, 9))
+    assert events.count("resume") == 2 and events.count("pause") == 1, events
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[-1]["restarts"] == 2 and records[-1]["checkpoint_seconds"] > 0
     assert weights_digest(folder / "model") == weights_digest(undisturbed / "model")
 
 
-def test_two_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path) -> None:
-    """The same batches and the same losses through the whole pipeline, whatever the number of workers."""
-    assert run(config("cluster.workers=2", "report.enabled=false", "train.steps=8", "engine=zero1")) == 0
+def test_three_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path) -> None:
+    """The same batches and losses through the whole pipeline, also where workers can't share them equally."""
+    assert run(config("cluster.workers=3", "report.enabled=false", "train.steps=8", "engine=zero1")) == 0
     one, two = (
         read_jsonl(folder / "metrics.jsonl") for folder in (undisturbed, tmp_path / "outputs" / "run")
     )

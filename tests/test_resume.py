@@ -95,6 +95,15 @@ def test_streaming_and_cached_give_the_same_batches(
     streaming.kill()
 
 
+def test_workers_that_can_t_share_a_batch_equally_get_the_same_samples(
+    data: Path, undisturbed: tuple[Path, list[Step]]
+) -> None:
+    """8 samples on 3 and on 5 workers, in the order of the list; some have fewer, and one of 5 has none."""
+    folder, steps = undisturbed
+    for workers in (3, 5):
+        assert training(data, folder, *SMALL).run(0, 4, workers) == steps[:4]
+
+
 def test_cached_needs_labels(data: Path, undisturbed: tuple[Path, list[Step]], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no labels by these teachers.*run unimrg\.label"):
         training(data, tmp_path, *SMALL)

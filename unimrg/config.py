@@ -441,6 +441,7 @@ class ClusterConfig:
         0,
         "go on with so few when nodes are lost, grow back to cluster.workers; 0 = with all or not at all",
     )
+    resize_seconds: float = knob(60.0, "between two looks whether more workers fit, seconds")
     cpus_per_worker: float = knob(
         0.5, "logical CPUs of a worker; small, so that a laptop has room for the data"
     )
@@ -459,6 +460,7 @@ class ClusterConfig:
         require("cluster.timeout_seconds", self.timeout_seconds, 10)
         require("cluster.hang_seconds", self.hang_seconds, 0)
         require("cluster.min_workers", self.min_workers, 0)
+        require("cluster.resize_seconds", self.resize_seconds, 1)
         if self.workers and self.min_workers > self.workers:
             raise ConfigError(
                 f"cluster.min_workers: {self.min_workers} is above cluster.workers = {self.workers}"
