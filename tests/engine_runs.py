@@ -91,7 +91,8 @@ def train_config(steps: int = 3, **changes: Any) -> TrainConfig:
 def engine_config(name: str, precision: str = "float32") -> EngineConfig:
     if name == "torch":
         return EngineConfig(name="torch", precision=precision)
-    return EngineConfig(name="deepspeed", zero_stage=int(name[-1]), precision=precision)
+    stage, _, offload = name.removeprefix("zero").partition("-")
+    return EngineConfig("deepspeed", zero_stage=int(stage), offload=bool(offload), precision=precision)
 
 
 def make(

@@ -26,7 +26,9 @@ from unimrg.schedule import cosine_with_warmup
 
 ONLY_DRAWING = ("mar.decoder_", "mar.mask_token", "mar.diffusion_pos_embed", "mar.diffloss", "proj_out.")
 FROZEN = ("vae.", "mar.class_emb.")
+OFFLOADED = ("zero1-offload", "zero2-offload", "zero3-offload")
 RUNS = [(ranks, f"{name}-{micros}") for ranks in (1, 2) for name in ENGINES for micros in (1, 2)]
+RUNS += [(2, f"{name}-2") for name in OFFLOADED]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,8 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Group]:
         two[f"{name}-decay"] = ("decay", {"engine": name})
         two[f"{name}-clipped"] = ("clipped", {"engine": name})
         two[f"{name}-understanding"] = ("train", {"engine": name, "understanding_only": True})
+    for name in OFFLOADED:
+        two[f"{name}-2"] = ("train", {"engine": name, "accumulation": 2})
     for name in ("torch", "zero2"):
         alone[f"{name}-bfloat16"] = ("train", {"engine": name, "precision": "bfloat16"})
     started = {1: Group(folder / "one", 1, alone), 2: Group(folder / "two", 2, two)}

@@ -419,6 +419,9 @@ class EngineConfig:
 
     name: str = knob("deepspeed", "deepspeed, or torch (plain, no sharding)")
     zero_stage: int = knob(2, "of deepspeed: 1 shards optimiser state, 2 gradients too, 3 parameters too")
+    offload: bool = knob(
+        False, "of deepspeed: AdamW's state and update in the host's memory: less on the GPU, slower"
+    )
     precision: str = knob("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs")
     activation_checkpointing: bool = knob(
         False, "blocks are computed again in the backward pass: less memory, a third more time"
@@ -429,6 +432,8 @@ class EngineConfig:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
         require_choice("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         require("engine.zero_stage", self.zero_stage, 1, 3)
+        if self.offload and self.name != "deepspeed":
+            raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")
         require("engine.threads", self.threads, 0)
 
 

@@ -238,11 +238,16 @@ class DeepSpeedEngine:
     def _config(self, train: TrainConfig, config: EngineConfig) -> dict[str, Any]:
         """Clipping is always set: DeepSpeed's own default is not "off"."""
         mixed = choose_precision(config, self.device) == torch.bfloat16
+        on_gpu = self.device.type == "cuda"
+        sharding: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": on_gpu}
+        if config.offload:
+            sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         return {
             "train_micro_batch_size_per_gpu": max(1, train.batch_size // (train.accumulation * self.ranks)),
             "gradient_accumulation_steps": train.accumulation,
             "gradient_clipping": train.clip,
-            "zero_optimization": {"stage": config.zero_stage, "overlap_comm": self.device.type == "cuda"},
+            "zero_optimization": sharding,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler, theirs does
             "bf16": {"enabled": mixed},
             "steps_per_print": 2**31 - 1,
         }

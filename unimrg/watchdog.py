@@ -31,13 +31,14 @@ class Watchdog:
         self._seconds, self._tell, self._end = seconds, tell, end
         self._heard = time.monotonic()
         self._awake = False
+        self._worker = threading.get_ident()
         self._closed = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def alive(self) -> None:
         """Something was done."""
-        self._awake, self._heard = True, time.monotonic()
+        self._awake, self._heard, self._worker = True, time.monotonic(), threading.get_ident()
         if self._seconds:
             faulthandler.dump_traceback_later(1.5 * self._seconds, exit=True)
 
@@ -67,16 +68,16 @@ class Watchdog:
         while not self._closed.wait(min(self._seconds / 4, 5.0)):
             silent = time.monotonic() - self._heard
             if self._awake and silent > self._seconds:
-                self._tell(f"no step has ended for {silent:.0f} s\n{stacks()}")
+                self._tell(f"no step has ended for {silent:.0f} s\n{stacks(self._worker)}")
                 self._end(HUNG)
                 return
 
 
-def stacks() -> str:
-    """What every thread of this process is doing, the innermost call last."""
+def stacks(last: int) -> str:
+    """What every thread of this process is doing, the innermost call last; thread `last` at the end."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = sys._current_frames()
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] == last)
     return "\n".join(
         f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in frames.items()
+        for ident, frame in frames
     )
