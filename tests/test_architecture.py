@@ -23,7 +23,7 @@ PACKAGES = ("unimrg", "cluster", "tune")
 # A module may import from its own layer and from those above it in this list, never from one below.
 LAYERS = (
     {"errors", "sample"},
-    {"failures", "retries", "storage", "config"},
+    {"failures", "retries", "storage", "config", "transfer"},
     {
         "tasks",
         "plan",

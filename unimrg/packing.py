@@ -18,6 +18,7 @@ import torch
 
 from unimrg.plan import Plan, Segment, Span
 from unimrg.sample import Task
+from unimrg.transfer import moved
 
 Mode = Literal["causal", "full", "ahead"]
 
@@ -124,10 +125,13 @@ class Batch:
     notes: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:
-        """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+        """The same batch with every tensor on `device`, those that attention makes of the plan too."""
+        tensors: dict[str, Any] = {
+            f.name: moved(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        # Made here, because inside the step they would have to be fetched from the host. By the tensors' own
+        # device: `cuda` is `cuda:0` once a tensor lies there.
+        self.plan.gathered(next((tensor.device for tensor in tensors.values()), device))
+        return dataclasses.replace(self, **tensors)

@@ -16,6 +16,8 @@ from functools import cached_property
 
 import torch
 
+from unimrg.transfer import moved
+
 Span = tuple[int, int]
 
 
@@ -123,9 +125,9 @@ class Plan:
                 SegmentGroup(len(same), queries, keys, causal, _lower_right(queries, keys, causal, device))
                 for (queries, keys, causal), same in shapes.items()
             ),
-            query_index.to(device),
-            _indices(span for segment in ordered for span in segment.keys).to(device),
-            query_index.argsort().to(device),
+            moved(query_index, device),
+            moved(_indices(span for segment in ordered for span in segment.keys), device),
+            moved(query_index.argsort(), device),
         )
 
     @property

@@ -59,6 +59,12 @@ def interleave(first_BUx: Tensor, rest_Nx: Tensor, lengths: list[int]) -> Tensor
     return torch.cat([part for pair in pairs for part in pair])
 
 
+def repeat_rows(x_Bx: Tensor, lengths: list[int]) -> Tensor:
+    """Row i of x `lengths[i]` times, [sum(lengths), ...]; the lengths stay on the host."""
+    pairs = zip(x_Bx.unbind(0), lengths, strict=True)
+    return torch.cat([row.expand(length, *row.shape) for row, length in pairs])
+
+
 class Attention(nn.Module):
     """Multi-head attention with a fused projection; who attends to whom is up to `attend`."""
 
@@ -194,11 +200,8 @@ class MAR(nn.Module):
         """Condition vectors [B, L, W'] from features laid out as `encode_ragged` returns them."""
         B, U, L = len(lengths), self.config.buffer_size, grid[0] * grid[1]
         start_B = torch.arange(B, device=cell_N.device) * (U + L)
-        start_N = start_B.repeat_interleave(
-            torch.tensor(lengths, device=cell_N.device), output_size=cell_N.shape[0]
-        )
         slots_BU = start_B.unsqueeze(1) + torch.arange(U, device=cell_N.device)
-        slot_N = interleave(slots_BU, start_N + U + cell_N, lengths)
+        slot_N = interleave(slots_BU, repeat_rows(start_B, lengths) + U + cell_N, lengths)
 
         known_NW = self.decoder_embed(x_NW)
         empty = self.mask_token.to(known_NW.dtype).expand(1, B * (U + L), -1).squeeze(0)

@@ -24,7 +24,7 @@ from unimrg.attention import IMPLEMENTATION, NO_MASK
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.harmon import generate
 from unimrg.families.harmon.config import HarmonConfig
-from unimrg.families.harmon.mar import MAR
+from unimrg.families.harmon.mar import MAR, repeat_rows
 from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.vae import KLVAE
 from unimrg.losses import TaskLoss
@@ -146,9 +146,9 @@ class Harmon(Family):
 
     def _visible_rows(self, batch: HarmonBatch) -> Tensor:
         """int64 [V]: rows of the visible cells in the flattened [G, L]."""
-        lengths = torch.tensor(batch.visible_lengths)
-        first = torch.repeat_interleave(torch.arange(len(lengths)) * math.prod(self.grid), lengths)
-        return batch.visible_cells + first.to(batch.visible_cells.device)
+        lengths = list(batch.visible_lengths)
+        first = torch.arange(len(lengths), device=batch.visible_cells.device) * math.prod(self.grid)
+        return batch.visible_cells + repeat_rows(first, lengths)
 
     def draw_noise(self, batch: HarmonBatch) -> tuple[Tensor, Tensor]:
         """Timesteps int64 [K, M] and noise [K, M, C]: a function of each target's seed alone."""

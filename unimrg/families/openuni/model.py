@@ -11,6 +11,7 @@ H width of the language model, C latent channels, h x w latent grid, L its cells
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -180,7 +181,7 @@ class OpenUni(Family):
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to [B, 3, ...], about [-1, 1]."""
         dtype = next(self.vae.parameters()).dtype
-        shifted = latents / self.config.vae.scale + _shift(self.config.vae, latents)
+        shifted = latents / self.config.vae.scale + _shift(self.config.vae.shift, latents.device)
         return self.vae.decode(shifted.to(dtype)).sample
 
     @torch.no_grad()
@@ -258,13 +259,14 @@ def encode_pictures(vae: AutoencoderDC, config: DCAEConfig, pictures: Tensor) ->
 def encode_pixels(vae: AutoencoderDC, config: DCAEConfig, pixels: Tensor) -> Tensor:
     """[B, 3, any, any] in [-1, 1] to latents [B, C, h, w]."""
     dtype = next(vae.parameters()).dtype
-    return (vae.encode(pixels.to(dtype)).latent - _shift(config, pixels)) * config.scale
+    return (vae.encode(pixels.to(dtype)).latent - _shift(config.shift, pixels.device)) * config.scale
 
 
-def _shift(config: DCAEConfig, like: Tensor) -> Tensor | float:
-    """What latents are shifted by, for broadcasting over [B, C, h, w]."""
-    shift = config.shift
-    return torch.tensor(shift, dtype=torch.float32, device=like.device).view(-1, 1, 1) if shift else 0.0
+@lru_cache(maxsize=64)
+def _shift(shift: tuple[float, ...], device: torch.device) -> Tensor | float:
+    """What latents are shifted by, for broadcasting over [B, C, h, w]; kept, so that no step waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(shift, dtype=torch.float32, device=device).view(-1, 1, 1) if shift else 0.0
 
 
 def timesteps_at(share: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Showo(Family):
             position_ids=positions,
             attention_mask=mask,
             plan=plan,
-            use_cache=bool(cache),
+            use_cache=len(cache) > 0,
             **cache,
         ).last_hidden_state
 
