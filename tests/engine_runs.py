@@ -30,6 +30,7 @@ from unimrg.checkpoint import Progress, Saver, latest_checkpoint, restore
 from unimrg.config import EngineConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
 from unimrg.errors import DataError
+from unimrg.families import vocabulary
 from unimrg.families.base import Family, Processor
 from unimrg.families.harmon.processor import HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts
@@ -152,8 +153,14 @@ def train(
     }
 
 
-def train_any(engine: str, family: str, steps: int = 3) -> dict[str, Any]:
-    """A few steps of any family: what every step reported, and the weights after them."""
+def train_any(
+    engine: str, family: str, steps: int = 3, logits: int = vocabulary.LOGITS_AT_ONCE
+) -> dict[str, Any]:
+    """A few steps of any family: what every step reported, and the weights after them.
+
+    logits: elements of a head's output at one time; ranks with more rows than others take more chunks.
+    """
+    vocabulary.LOGITS_AT_ONCE = logits
     made, processor = make_any(engine, train_config(steps), family)
     seen: list[StepOutput] = []
     fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)

@@ -18,6 +18,7 @@ from tests.engine_runs import BATCH, Group
 from tests.families import NAMES, fresh_model
 from tests.golden.make_families import CURVE, FOLDER, curve, first_step
 
+CHUNK = 2000  # elements of a head's logits at one time: three rows of most
 OTHERS = tuple(name for name in NAMES if name != "harmon")  # Harmon's are in test_engine.py and test_loop.py
 
 
@@ -61,9 +62,12 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
     def kept(name: str, **rest: Any) -> tuple[str, dict[str, Any]]:
         return "interrupted", {"engine": "zero2", "family": name, "folder": str(folder / name), **rest}
 
-    alone: dict[str, Any] = {name: ("train_any", {"engine": "torch", "family": name}) for name in OTHERS}
+    alone: dict[str, Any] = {name: ("train_any", {"engine": "torch", "family": name}) for name in NAMES}
     two: dict[str, Any] = {name: ("train_any", {"engine": "zero2", "family": name}) for name in OTHERS}
     two |= {f"{name}-zero3": ("train_any", {"engine": "zero3", "family": name}) for name in OTHERS}
+    for engine in ("torch", "zero3"):
+        few = {"engine": engine, "logits": CHUNK}
+        two |= {f"{name}-{engine}-chunks": ("train_any", {"family": name, **few}) for name in NAMES}
     two |= {f"{name}-whole": kept(name) for name in OTHERS}
     two |= {f"{name}-half": kept(name, stop_at=3) for name in OTHERS}
     started = [Group(folder / "alone", 1, alone), Group(folder / "two", 2, two)]
@@ -72,10 +76,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
     return done | {"rest": Group(folder / "rest", 2, rest).wait()}
 
 
-@pytest.mark.parametrize("engine", ["", "-zero3"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_two_sharded_workers_are_one(groups: dict[str, Group], name: str, engine: str) -> None:
-    want, got = groups["alone"].result(name), groups["two"].result(name + engine)
+def assert_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
     for mine, reference in zip(got["steps"], want["steps"], strict=True):
         assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
@@ -83,10 +84,24 @@ def test_two_sharded_workers_are_one(groups: dict[str, Group], name: str, engine
     for key, tensor in want["weights"].items():
         error = (got["weights"][key] - tensor).abs().max().item()
         assert error <= 1e-6 + 1e-5 * tensor.abs().max().item(), f"{key} is off by {error}"
+
+
+@pytest.mark.parametrize("engine", ["", "-zero3"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_sharded_workers_are_one(groups: dict[str, Group], name: str, engine: str) -> None:
+    want = groups["alone"].result(name)
+    assert_same_training(groups["two"].result(name + engine), want)
     before = fresh_model(name).state_dict()
     trained = {key for key, p in fresh_model(name).named_parameters() if p.requires_grad}
     moved = {key for key, tensor in want["weights"].items() if not torch.equal(tensor, before[key])}
     assert moved == trained
+
+
+@pytest.mark.parametrize("engine", ["torch", "zero3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_in_chunks_are_the_same_training(groups: dict[str, Group], name: str, engine: str) -> None:
+    """Ranks have different numbers of answers, so of chunks; sharded heads are gathered once all the same."""
+    assert_same_training(groups["two"].result(f"{name}-{engine}-chunks"), groups["alone"].result(name))
 
 
 @pytest.mark.parametrize("name", OTHERS)

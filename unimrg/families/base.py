@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from unimrg.errors import ConfigError
 from unimrg.families.encoder import grey
 from unimrg.families.rows import PackedBatch
+from unimrg.families.vocabulary import token_losses
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample, Task
@@ -149,11 +149,10 @@ class Family(PreTrainedModel):
         """Embeddings [T, H] of all packed tokens, from the family's tables [n, H] and its text embedding."""
         return torch.cat([*tables, embedding(batch.token_ids)]).index_select(0, batch.source_index)
 
-    def text_loss(self, hidden: torch.Tensor, head: torch.nn.Module, batch: PackedBatch) -> TaskLoss:
+    def text_loss(self, hidden: torch.Tensor, head: torch.nn.Linear, batch: PackedBatch) -> TaskLoss:
         """Cross-entropy at the positions of `hidden` [T, H] that predict an answer token; no other logits."""
-        logits = head(hidden.index_select(0, batch.label_index)).float()
-        terms = cross_entropy(logits, batch.label_ids, reduction="none") * batch.label_weight
-        return TaskLoss(terms.sum(), batch.counts[Task.UNDERSTANDING])
+        terms = token_losses(head, hidden.index_select(0, batch.label_index), batch.label_ids)
+        return TaskLoss((terms * batch.label_weight).sum(), batch.counts[Task.UNDERSTANDING])
 
     def image_losses(
         self, terms: torch.Tensor, task: torch.Tensor, weight: torch.Tensor, batch: PackedBatch

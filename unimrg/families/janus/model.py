@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 from transformers import JanusForConditionalGeneration
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
@@ -24,6 +24,7 @@ from unimrg.families.base import DrawOptions, Family
 from unimrg.families.janus import generate
 from unimrg.families.janus.config import JanusFamilyConfig
 from unimrg.families.janus.processor import JanusBatch, JanusPackedProcessor
+from unimrg.families.vocabulary import token_losses
 from unimrg.losses import TaskLoss
 from unimrg.sample import Task
 
@@ -85,9 +86,10 @@ class Janus(Family):
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.janus.lm_head, batch)
         if len(batch.target_source):
-            logits = self.janus.model.generation_head(hidden.index_select(0, batch.code_index)).float()
+            head = self.janus.model.generation_head
+            features = head.activation_fn(head.proj_out(hidden.index_select(0, batch.code_index)))
             wanted = codes.flatten().index_select(0, batch.cell_rows)
-            terms = cross_entropy(logits, wanted, reduction="none")
+            terms = token_losses(head.vision_head, features, wanted)
             losses |= self.image_losses(terms, batch.cell_task, batch.cell_weight, batch)
         return losses
 

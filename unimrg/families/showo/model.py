@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionModel, PhiForCausalLM
 
 from unimrg.attention import IMPLEMENTATION
@@ -26,6 +25,7 @@ from unimrg.families.showo.config import ShowoConfig
 from unimrg.families.showo.magvit import Magvit, encode_pictures, frozen_codes
 from unimrg.families.showo.pixels import to_clip, to_pictures
 from unimrg.families.showo.processor import ShowoBatch, ShowoProcessor
+from unimrg.families.vocabulary import token_losses
 from unimrg.losses import TaskLoss
 from unimrg.plan import Plan
 from unimrg.sample import Task
@@ -79,9 +79,8 @@ class Showo(Family):
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.showo.lm_head, batch)
         if len(batch.target_source):
-            logits = self.showo.lm_head(hidden.index_select(0, batch.loss_index)).float()
-            wanted = self.config.code_offset + codes.flatten()[batch.loss_rows]
-            terms = cross_entropy(logits, wanted, reduction="none")
+            wanted = self.config.code_offset + codes.flatten().index_select(0, batch.loss_rows)
+            terms = token_losses(self.showo.lm_head, hidden.index_select(0, batch.loss_index), wanted)
             losses |= self.image_losses(terms, batch.row_task, batch.row_weight, batch)
         return losses
 
