@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -160,10 +161,10 @@ def train_any(
 
     logits: elements of a head's output at one time; ranks with more rows than others take more chunks.
     """
-    vocabulary.LOGITS_AT_ONCE = logits
     made, processor = make_any(engine, train_config(steps), family)
     seen: list[StepOutput] = []
-    fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)
+    with patch.object(vocabulary, "LOGITS_AT_ONCE", logits):
+        fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)
     return {"steps": [plain(output) for output in seen], "weights": made.weights()}
 
 

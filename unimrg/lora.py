@@ -46,6 +46,7 @@ def adapt(model: Family, config: LoraConfig, tasks: Sequence[Task], seed: int) -
         if "lora_" not in name:
             inside = part_of.get(id(parameter)) in adapted
             parameter.requires_grad_(trained[id(parameter)] and (not inside or id(parameter) in kept))
+    model.train(model.training)  # frozen parts are as in use
 
 
 def _layers(

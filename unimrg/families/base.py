@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -101,6 +101,25 @@ class Family(PreTrainedModel):
         for name, parameter in self.named_parts():
             if name in frozen or name not in self.PARTS:
                 parameter.requires_grad_(False)
+
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """What isn't trained stays as in use: no dropout, no statistics of its own.
+
+        Parts outside `PARTS` are frozen here too, because loading makes all parameters anew, ends in `eval()`
+        and forgets what was frozen.
+        """
+        super().train(mode)
+        for part, parameter in self.named_parts():
+            if part not in self.PARTS:
+                parameter.requires_grad_(False)
+        for module in self.modules():
+            trained = [parameter.requires_grad for parameter in module.parameters()]
+            if trained and not any(trained):
+                for inner in module.modules():
+                    inner.training = False
+        return self
 
     def recompute_activations(self) -> None:
         """Keep no activations inside the blocks; the backward pass computes them again (arXiv 1604.06174)."""

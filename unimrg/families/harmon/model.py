@@ -86,7 +86,7 @@ class Harmon(Family):
 
     def __init__(self, config: HarmonConfig) -> None:
         super().__init__(config)
-        self.vae = KLVAE(config.vae).requires_grad_(False)
+        self.vae = KLVAE(config.vae)
         self.mar = MAR(config.mar)
         self.llm = Qwen2ForCausalLM._from_config(config.llm, attn_implementation=IMPLEMENTATION)
         hidden = config.llm.hidden_size
@@ -94,17 +94,10 @@ class Harmon(Family):
         self.proj_out = _projector(hidden, hidden, config.mar.encoder_width)
         self.grid = config.grid_of(config.image_size, config.image_size)
         self.post_init()
+        self.train()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves; the language model by its own library's rule."""
-
-    def train(self, mode: bool = True) -> Harmon:
-        """The autoencoder never leaves evaluation mode; it and the unused table stay frozen."""
-        super().train(mode)
-        # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
-        self.vae.eval().requires_grad_(False)
-        self.mar.class_emb.requires_grad_(False)
-        return self
 
     # -- the loss --------------------------------------------------------------------------------------------
 
@@ -228,13 +221,14 @@ class Harmon(Family):
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         decoder = ("decoder_", "mask_token", "diffusion_pos_embed", "diffloss")
-        shared = ("fake_latent", "class_emb")
         for name, parameter in self.named_parameters():
             part, _, rest = name.partition(".")
             if part == "mar":
                 if rest.startswith(decoder):
                     yield "mar_decoder", parameter
-                elif not rest.startswith(shared):
+                elif rest == "class_emb.weight":  # published, but read by nothing
+                    yield "no effect", parameter
+                elif rest != "fake_latent":  # of both
                     yield "mar_encoder", parameter
             else:
                 yield part, parameter

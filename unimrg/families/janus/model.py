@@ -66,16 +66,6 @@ class Janus(Family):
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves by their own library's rule."""
 
-    def train(self, mode: bool = True) -> Janus:
-        """The picture tokenizer never leaves evaluation mode; it and what has no effect stay frozen."""
-        super().train(mode)
-        self.janus.model.vqmodel.eval()
-        # Here, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
-        for part, parameter in self.named_parts():
-            if part not in self.PARTS:
-                parameter.requires_grad_(False)
-        return self
-
     # -- the loss --------------------------------------------------------------------------------------------
 
     def forward(self, batch: JanusBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch

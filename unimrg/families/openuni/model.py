@@ -81,15 +81,6 @@ class OpenUni(Family):
         if module is self.transformer.patch_embed:
             libraries.fill_positions(module)
 
-    def train(self, mode: bool = True) -> OpenUni:
-        """The autoencoder never leaves evaluation mode; it and what has no effect stay frozen."""
-        super().train(mode)
-        # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
-        self.vae.eval().requires_grad_(False)
-        for bias in self._cancelled_biases():
-            bias.requires_grad_(False)
-        return self
-
     # -- the loss --------------------------------------------------------------------------------------------
 
     def forward(self, batch: OpenUniBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch

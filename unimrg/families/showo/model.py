@@ -45,25 +45,17 @@ class Showo(Family):
 
     def __init__(self, config: ShowoConfig) -> None:
         super().__init__(config)
-        self.magvit = Magvit(config.magvit).requires_grad_(False)
+        self.magvit = Magvit(config.magvit)
         self.showo = PhiForCausalLM._from_config(config.llm, attn_implementation=IMPLEMENTATION)
         if config.clip is not None:
             width, hidden = config.clip.hidden_size, config.llm.hidden_size
-            self.clip = CLIPVisionModel._from_config(config.clip).requires_grad_(False)
+            self.clip = CLIPVisionModel._from_config(config.clip)
             self.mm_projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.post_init()
+        self.train()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Parts initialise themselves; the language model by its own library's rule."""
-
-    def train(self, mode: bool = True) -> Showo:
-        """The image tokenizer and CLIP never leave evaluation mode and stay frozen."""
-        super().train(mode)
-        # Here too, because loading makes all parameters anew, ends in `eval()` and forgets what was frozen.
-        self.magvit.eval().requires_grad_(False)
-        if self.config.clip is not None:
-            self.clip.eval().requires_grad_(False)
-        return self
 
     # -- the loss --------------------------------------------------------------------------------------------
 
