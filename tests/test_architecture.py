@@ -41,6 +41,7 @@ LAYERS = (
         "lora",
         "metrics",
         "schedule",
+        "flops",
         "weights",
         "zero",
     },

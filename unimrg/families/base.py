@@ -20,6 +20,7 @@ from unimrg.errors import ConfigError
 from unimrg.families.encoder import grey
 from unimrg.families.rows import PackedBatch
 from unimrg.families.vocabulary import token_losses
+from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample, Task
@@ -80,6 +81,10 @@ class Family(PreTrainedModel):
     @abstractmethod
     def named_parts(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters and the part each belongs to; those of a part outside `PARTS` are never trained."""
+
+    @abstractmethod
+    def flops(self, batch: Any) -> dict[str, Flops]:
+        """What the pass over a batch costs, by part: by formula, from the batch's sizes and its plan."""
 
     @property
     def drawing_parts(self) -> tuple[str, ...]:

@@ -24,9 +24,11 @@ from unimrg.attention import IMPLEMENTATION, NO_MASK
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.harmon import generate
 from unimrg.families.harmon.config import HarmonConfig
+from unimrg.families.harmon.flops import Sizes, count
 from unimrg.families.harmon.mar import MAR, repeat_rows
 from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.vae import KLVAE
+from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.sample import Task
 
@@ -171,6 +173,10 @@ class Harmon(Family):
             target, condition, timesteps.flatten(), noise.flatten(0, 1), repeats=draws
         )
         return ImageRows(mse.view(draws, -1), vb.view(draws, -1), decoder_in, decoded)
+
+    def flops(self, batch: HarmonBatch) -> dict[str, Flops]:
+        """What the pass over a batch costs, by part."""
+        return count(self, Sizes.of(batch, self.config.mar.diffusion_batch_mul))
 
     # -- pictures --------------------------------------------------------------------------------------------
 

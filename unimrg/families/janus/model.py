@@ -23,8 +23,10 @@ from unimrg.attention import IMPLEMENTATION
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.janus import generate
 from unimrg.families.janus.config import JanusFamilyConfig
+from unimrg.families.janus.flops import Sizes, count
 from unimrg.families.janus.processor import JanusBatch, JanusPackedProcessor
 from unimrg.families.vocabulary import token_losses
+from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.sample import Task
 
@@ -95,6 +97,10 @@ class Janus(Family):
             plan=batch.plan,
             use_cache=False,
         ).last_hidden_state[0]
+
+    def flops(self, batch: JanusBatch) -> dict[str, Flops]:
+        """What the pass over a batch costs, by part."""
+        return count(self, Sizes.of(batch))
 
     # -- pictures --------------------------------------------------------------------------------------------
 

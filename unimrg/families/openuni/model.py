@@ -25,7 +25,9 @@ from unimrg.families.base import DrawOptions, Family
 from unimrg.families.openuni import generate, libraries
 from unimrg.families.openuni.config import DCAEConfig, OpenUniConfig
 from unimrg.families.openuni.connector import Connector
+from unimrg.families.openuni.flops import Sizes, count
 from unimrg.families.openuni.processor import OpenUniBatch, OpenUniProcessor
+from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.sample import Task
 
@@ -145,6 +147,10 @@ class OpenUni(Family):
         return self.transformer(
             noisy.to(self.dtype), encoder_hidden_states=conditions, timestep=timesteps, return_dict=False
         )[0]
+
+    def flops(self, batch: OpenUniBatch) -> dict[str, Flops]:
+        """What the pass over a batch costs, by part."""
+        return count(self, Sizes.of(batch))
 
     # -- pictures --------------------------------------------------------------------------------------------
 

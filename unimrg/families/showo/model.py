@@ -22,10 +22,12 @@ from unimrg.attention import IMPLEMENTATION
 from unimrg.families.base import DrawOptions, Family
 from unimrg.families.showo import generate
 from unimrg.families.showo.config import ShowoConfig
+from unimrg.families.showo.flops import Sizes, count
 from unimrg.families.showo.magvit import Magvit, encode_pictures, frozen_codes
 from unimrg.families.showo.pixels import to_clip, to_pictures
 from unimrg.families.showo.processor import ShowoBatch, ShowoProcessor
 from unimrg.families.vocabulary import token_losses
+from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.plan import Plan
 from unimrg.sample import Task
@@ -115,6 +117,10 @@ class Showo(Family):
             use_cache=len(cache) > 0,
             **cache,
         ).last_hidden_state
+
+    def flops(self, batch: ShowoBatch) -> dict[str, Flops]:
+        """What the pass over a batch costs, by part."""
+        return count(self, Sizes.of(batch))
 
     # -- pictures --------------------------------------------------------------------------------------------
 
