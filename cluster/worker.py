@@ -52,6 +52,7 @@ from unimrg.errors import (
     UnimrgError,
 )
 from unimrg.families import load_family
+from unimrg.hardware import peak_flops
 from unimrg.health import Health, LossSpike
 from unimrg.loop import StepOutput, fit
 from unimrg.lora import adapt, merged, save_adapter
@@ -114,7 +115,6 @@ class _Worker:
         self.monitor, self.labeller, self.stored = monitor, labeller, stored
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.store = run_store(config)
-        self.meter = Meter(config.train.steps)
         self.saver = Saver(self.store.child(CHECKPOINTS))
         self.watchdog = Watchdog(config.cluster.hang_seconds, self._tell_hang)
         self.totals: list[float] = []
@@ -126,6 +126,8 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         device = _device(self.config)
+        peak = peak_flops(device, self.config.engine.peak_tflops)
+        self.meter = Meter(self.config.train.steps, workers=self.ranks, peak=peak)
         family = load_family(self.config.family.name)
         tasks = self.config.weights.active()
         with _together(), localized(self.config.family, self.config.s3.store()) as local:
@@ -218,6 +220,7 @@ class _Worker:
             ended=output.ended,
             samples=output.samples,
             tokens=output.tokens,
+            flops=output.flops,
         )
         self.totals.append(output.total)
         self._commit(self.saver.finish())
@@ -238,6 +241,7 @@ class _Worker:
             "grad_norm": output.grad_norm,
             "learning_rate": output.learning_rate,
             "workers": self.ranks,
+            "peak_memory_bytes": output.peak_memory,
             **values,
             **self.checkpoint_values,
             "timestamp": time.time(),

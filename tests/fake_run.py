@@ -64,6 +64,8 @@ def step_record(step: int, steps: int, generator: np.random.Generator) -> dict[s
         "samples_per_second": speed,
         "tokens_per_second": speed * 1180,
         "step_seconds": 128 / speed,
+        "model_tflops": speed * 0.4,
+        "mfu": speed * 0.4 / 312,
         "data_wait_share": float(np.clip(slow + generator.normal(0, 0.01), 0, 1)),
         "skipped": int(part * 23),
         "skipped/corrupt-image": int(part * 14),

@@ -42,6 +42,7 @@ LAYERS = (
         "metrics",
         "schedule",
         "flops",
+        "hardware",
         "weights",
         "zero",
     },

@@ -16,6 +16,7 @@ from tests.engine_runs import BATCH, CPU, Group
 from unimrg.config import TrainConfig
 from unimrg.engine import gather
 from unimrg.errors import DataError
+from unimrg.flops import Flops
 from unimrg.health import Health, LossSpike
 from unimrg.loop import StepOutput, fit, global_counts, train_step
 from unimrg.losses import TaskLoss
@@ -35,10 +36,17 @@ READERS = [
 """Number of ranks, engine and the engine of the checkpoint it goes on from, which two ranks wrote."""
 
 
+class FakeModel:
+    """A sample costs 30 FLOPs."""
+
+    def flops(self, batch: Batch) -> dict[str, Flops]:
+        return {"one": Flops(forward=10.0 * batch.samples), "other": Flops(backward=20.0 * batch.samples)}
+
+
 class FakeEngine:
     """One number is the model; the loss of a term is that number, and it falls by 1 a step."""
 
-    model: Any = None
+    model: Any = FakeModel()
     device = CPU
     ranks = 1
 
@@ -116,6 +124,7 @@ def test_what_a_step_tells() -> None:
     assert output.losses == {TEXT: 2.0, PIXEL: 2.0} and output.total == 2.0
     assert (output.step, output.position, output.samples, output.tokens) == (1, 8, 4, 40)
     assert (output.grad_norm, output.learning_rate, output.truncated) == (1.0, 0.1, 1)
+    assert output.flops == 120 and output.peak_memory > 2**26
     assert output.started <= output.ready <= output.ended
 
 

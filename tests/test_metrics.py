@@ -95,11 +95,13 @@ def test_prometheus_file_holds_the_latest_values(tmp_path: Path) -> None:
 
 
 def test_meter_over_a_window() -> None:
-    meter = Meter(total_steps=10, window=2)
-    first = meter.step(1, started=100.0, ready=101.0, ended=104.0, samples=8, tokens=800)
+    meter = Meter(total_steps=10, window=2, workers=2, peak=100e12)
+    first = meter.step(1, started=100.0, ready=101.0, ended=104.0, samples=8, tokens=800, flops=160e12)
     assert first == {
         "samples_per_second": 2.0,
         "tokens_per_second": 200.0,
+        "model_tflops": 20.0,
+        "mfu": 0.2,
         "step_seconds": 4.0,
         "data_wait_share": 0.25,
         "time_left_seconds": 36.0,
@@ -111,6 +113,11 @@ def test_meter_over_a_window() -> None:
     assert third["data_wait_share"] == pytest.approx(1 / 6)
     assert third["time_left_seconds"] == pytest.approx(7 * 3)
     assert third["step_seconds"] == 2.0
+
+
+def test_no_share_of_an_unknown_peak() -> None:
+    values = Meter().step(1, started=0.0, ready=0.0, ended=2.0, samples=1, flops=3e12)
+    assert values["model_tflops"] == 1.5 and values["mfu"] is None
 
 
 def test_meter_without_an_end_or_without_time() -> None:

@@ -427,6 +427,9 @@ class EngineConfig:
         False, "blocks are computed again in the backward pass: less memory, a third more time"
     )
     threads: int = knob(0, "of torch, per worker; 0 = torch's choice")
+    peak_tflops: float = knob(
+        0.0, "of a worker's device at best, dense, of which MFU is a share; 0 = by the device's name"
+    )
 
     def check(self) -> None:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
@@ -435,6 +438,7 @@ class EngineConfig:
         if self.offload and self.name != "deepspeed":
             raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")
         require("engine.threads", self.threads, 0)
+        require("engine.peak_tflops", self.peak_tflops, 0)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 from unimrg.config import TrainConfig
 from unimrg.engine import Engine, gather, world
 from unimrg.errors import DataError
+from unimrg.hardware import peak_memory
 from unimrg.health import Health, LossSpike
 from unimrg.losses import combine
 from unimrg.packing import Batch
@@ -30,6 +31,8 @@ class StepOutput:
 
     step: 1 for the first. losses: mean of every task present. total: as in `losses.combine`.
     position: 1 + the largest sample position used on any rank. samples, tokens: of all ranks.
+    flops: of all ranks, forward and backward, by formula (`unimrg.flops`): nothing twice that was recomputed.
+    peak_memory: bytes, the most that any rank has needed so far (`hardware.peak_memory`).
     started, ready, ended: values of `time.perf_counter()`: batch asked for, batch there, update done.
     truncated: conversations cut at the maximum length. wrong: what is wrong with the step ("skipped": loss or
     gradient wasn't finite and nothing was updated, "spike"), or "". suspects: ids of the samples of a step
@@ -44,6 +47,8 @@ class StepOutput:
     position: int
     samples: int
     tokens: int
+    flops: float
+    peak_memory: int
     started: float
     ready: float
     ended: float
@@ -156,6 +161,19 @@ def _suspects(batches: Sequence[Batch], finite: bool) -> tuple[str, ...]:
     return tuple(name for names in bad for name in names)
 
 
+def _sizes(engine: Engine, batches: Sequence[Batch]) -> list[float]:
+    """Of this rank's part of a step: position, samples, tokens, cut texts, FLOPs; and its peak memory."""
+    parts = [part for batch in batches for part in engine.model.flops(batch).values()]
+    return [
+        max(b.next_position for b in batches),
+        sum(b.samples for b in batches),
+        sum(b.tokens for b in batches),
+        sum(b.notes.get("truncated", 0) for b in batches),
+        sum(part.total for part in parts),
+        peak_memory(engine.device),
+    ]
+
+
 def _summarise(
     engine: Engine,
     batches: Sequence[Batch],
@@ -166,13 +184,10 @@ def _summarise(
 ) -> StepOutput:
     """Global means and sizes of the step just done; the only place that reads losses on the host."""
     sums, norm, counts = result
+    sizes = _sizes(engine, batches)  # before the losses are read: a GPU is still at work
     mine = [float(sums.get(task, 0.0)) for task in Task]
-    truncated = sum(b.notes.get("truncated", 0) for b in batches)
-    position = max(b.next_position for b in batches)
-    rows = gather(
-        [*mine, position, sum(b.samples for b in batches), sum(b.tokens for b in batches), truncated]
-    )
-    *totals, positions, samples, tokens, cut = zip(*rows, strict=True)
+    rows = gather([*mine, *sizes])
+    *totals, positions, samples, tokens, cut, flops, memory = zip(*rows, strict=True)
     means = {
         task: sum(column) / counts[task] for task, column in zip(Task, totals, strict=True) if counts[task]
     }
@@ -188,6 +203,8 @@ def _summarise(
         position=int(max(positions)),
         samples=int(sum(samples)),
         tokens=int(sum(tokens)),
+        flops=sum(flops),
+        peak_memory=int(max(memory)),
         started=times[0],
         ready=times[1],
         ended=time.perf_counter(),

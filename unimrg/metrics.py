@@ -102,6 +102,21 @@ METRICS: tuple[Metric, ...] = (
     Metric("restarts", "times", "times that training was taken up again", "unimrg_restarts", counts_up=True),
     Metric("hangs", "times", "workers ended because a step took too long", "unimrg_hangs", counts_up=True),
     Metric("workers", "processes", "training processes", "unimrg_workers"),
+    Metric(
+        "model_tflops",
+        "TFLOP/s per worker",
+        "matrix multiplications of the model per second of wall time, none counted twice if recomputed",
+        "unimrg_model_tflops",
+    ),
+    Metric(
+        "mfu", "0..1", "model_tflops as a part of what the worker's device could do at best", "unimrg_mfu"
+    ),
+    Metric(
+        "peak_memory_bytes",
+        "bytes",
+        "most that a worker has needed so far: on its GPU, or of its process without one",
+        "unimrg_peak_memory_bytes",
+    ),
     Metric("skipped", "samples", "unusable samples so far", "unimrg_skipped_samples", counts_up=True),
     Metric("time_left_seconds", "s", "expected time until the last step", "unimrg_time_left_seconds"),
     Metric("timestamp", "s since 1970", "when the step ended", "unimrg_timestamp_seconds"),
@@ -288,36 +303,58 @@ class _Timed:
     ended: float
     samples: int
     tokens: int
+    flops: float
 
 
 class Meter:
     """Speed, waiting share and time left over the last `window` steps.
+
+    workers: among which FLOPs are divided. peak: what a worker's device could do at best, FLOP/s; None where
+    that is unknown, and then there is no `mfu`.
 
     Times are values of `time.perf_counter()` in seconds, read by the caller; nothing here looks at a clock.
     The window's wall time runs from its first start to its last end, so pauses between steps (checkpoints,
     evaluation) count too.
     """
 
-    def __init__(self, total_steps: int | None = None, window: int = 50) -> None:
+    def __init__(
+        self,
+        total_steps: int | None = None,
+        window: int = 50,
+        workers: int = 1,
+        peak: float | None = None,
+    ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1 step, not {window}")
         self.total_steps = total_steps
+        self.workers, self.peak = workers, peak
         self._steps: deque[_Timed] = deque(maxlen=window)
 
     def step(
-        self, step: int, *, started: float, ready: float, ended: float, samples: int, tokens: int = 0
+        self,
+        step: int,
+        *,
+        started: float,
+        ready: float,
+        ended: float,
+        samples: int,
+        tokens: int = 0,
+        flops: float = 0.0,
     ) -> dict[str, float | None]:
         """Values for the record of the step just done.
 
         step: optimiser steps done, this one included. started: the batch was asked for; ready: it was there;
-        ended: the update was done. samples, tokens: of all workers in this step.
+        ended: the update was done. samples, tokens, flops: of all workers in this step.
         """
-        self._steps.append(_Timed(started, ready - started, ended, samples, tokens))
+        self._steps.append(_Timed(started, ready - started, ended, samples, tokens, flops))
         wall = ended - self._steps[0].started
+        speed = _ratio(sum(s.flops for s in self._steps) / self.workers, wall)
         left = None if self.total_steps is None else max(0, self.total_steps - step)
         return {
             "samples_per_second": _ratio(sum(s.samples for s in self._steps), wall),
             "tokens_per_second": _ratio(sum(s.tokens for s in self._steps), wall),
+            "model_tflops": None if speed is None else speed / 1e12,
+            "mfu": None if speed is None or self.peak is None else speed / self.peak,
             "step_seconds": ended - started,
             "data_wait_share": _ratio(sum(s.waited for s in self._steps), wall),
             "time_left_seconds": None if left is None else left * wall / len(self._steps),

@@ -100,9 +100,12 @@ def _speed_note(run: Run) -> str:
         ("samples_per_second", "samples/s"),
         ("tokens_per_second", "tokens/s"),
         ("step_seconds", "s per step"),
+        ("model_tflops", "TFLOP/s per worker"),
     ):
         if (middle := median(run, name)) is not None:
             parts.append(f"{short(middle)} {text}")
+    if (used := median(run, "mfu")) is not None:
+        parts.append(f"{percent(used)} of what its device can do")
     if (waiting := median(run, "data_wait_share")) is not None:
         parts.append(f"{percent(waiting)} of the time waiting for data")
     return f"Medians: {', '.join(parts)}." if parts else "No speed was recorded."
