@@ -141,7 +141,7 @@ class Plan:
 
 
 def _indices(spans: Iterable[Span]) -> torch.Tensor:
-    return torch.cat([torch.arange(start, stop) for start, stop in spans])
+    return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in spans)])
 
 
 def _lower_right(queries: int, keys: int, causal: bool, device: torch.device) -> torch.Tensor | None:
