@@ -28,6 +28,7 @@ LAYERS = (
         "tasks",
         "plan",
         "attention",
+        "layouts",
         "packing",
         "data",
         "teachers",

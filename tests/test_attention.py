@@ -1,55 +1,102 @@
-"""Running a plan gives what a dense mask gives, forward and backward."""
+"""Running a plan gives what a dense mask gives, forward and backward, by every backend."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.attention_cases import (
+    CPU,
+    HEADS,
+    PLANS,
+    assert_bottom_right,
+    assert_like_the_oracle,
+    dense_attention,
+    drawn,
+    varlen_reference,
+)
 from tests.test_plan import LAYOUTS, layout
+from unimrg import attention
 from unimrg.attention import IMPLEMENTATION, NO_MASK, plan_attention
 from unimrg.packing import Layout, pack
 from unimrg.plan import Plan, Segment
 
 
-def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float | None
-) -> torch.Tensor:
-    """The oracle: [1, A, T, D] by softmax over a mask of all pairs."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.masked_fill(~plan.dense_mask(), -torch.inf).softmax(-1) @ v
+@pytest.fixture
+def flex_trains(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlexAttention refuses gradients on CPUs, since the compiled kernel has none; unfused it has them."""
+    module = "torch.nn.attention.flex_attention._validate_device"
+    monkeypatch.setattr(module, lambda *tensors: None, raising=False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
-def assert_same(plan: Plan, heads: tuple[int, int], scale: float | None = None) -> None:
-    generator = torch.Generator().manual_seed(plan.length)
-
-    def draw(count: int) -> torch.Tensor:
-        shape = (1, plan.length, count, 8)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return drawn.transpose(1, 2).requires_grad_()
-
-    inputs = draw(heads[0]), draw(heads[1]), draw(heads[1])
-    weight = torch.randn(1, heads[0], plan.length, 8, generator=generator, dtype=torch.float64)
-    got, want = plan_attention(*inputs, plan, scale), dense_attention(*inputs, plan, scale)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    gradients = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, want)]
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+@pytest.fixture
+def plain_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout and everything else around the kernel, with a plain kernel that any device runs."""
+    monkeypatch.setattr(attention, "varlen_kernel", varlen_reference)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    LAYOUTS,
-    st.sampled_from([(2, 2), (4, 2), (6, 1)]),
-)
-def test_random_plans(layouts: list[Layout], heads: tuple[int, int]) -> None:
-    assert_same(pack(layouts).plan, heads)
+# -- on the CPU ----------------------------------------------------------------------------------------------
+
+RANDOM = given(LAYOUTS, st.sampled_from(HEADS), st.sampled_from((3, 8, 20)))
+
+
+@settings(max_examples=25, deadline=None)
+@RANDOM
+def test_sdpa(layouts: list[Layout], heads: tuple[int, int], width: int) -> None:
+    assert_like_the_oracle(pack(layouts).plan, heads, width=width)
+
+
+@settings(max_examples=25, deadline=None)
+@RANDOM
+def test_what_variable_length_kernels_are_given(
+    layouts: list[Layout], heads: tuple[int, int], width: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_kernel", varlen_reference)
+        assert_like_the_oracle(pack(layouts).plan.on(CPU, "varlen"), heads, width=width)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_every_kind_of_plan(plain_varlen: None, plan: Plan, heads: tuple[int, int]) -> None:
+    for backend in ("sdpa", "varlen"):
+        assert_like_the_oracle(plan.on(CPU, backend), heads, width=12, scale=0.3)
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(PLANS)))
+def test_flex(flex_trains: None, number: int, name: str) -> None:
+    assert_like_the_oracle(PLANS[name].on(CPU, "flex"), HEADS[number % 3], width=(3, 8, 12)[number % 3])
+
+
+@pytest.mark.slow
+def test_flex_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block-sparse kernel itself, which on CPUs only runs forward.
+
+    Compiled for each length: for any length, torch 2.13 writes C++ that doesn't always compile.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    monkeypatch.setattr(attention, "flex_kernel", lambda kind: compiled)
+    for plan in (PLANS["full behind causal"], PLANS["looking ahead"], PLANS["many blocks"]):
+        query, key, value, _ = drawn(plan, (6, 2), 16, torch.float32)
+        got = plan_attention(query, key, value, plan.on(CPU, "flex"))
+        want = dense_attention(query.double(), key.double(), value.double(), plan)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_full_and_causal_segments_together(scale: float | None) -> None:
+def test_full_and_causal_segments_together(plain_varlen: None, scale: float | None) -> None:
     """A full block of target tokens behind a causal prefix and text, in two rows of different shape."""
     segments = (
         Segment((0, 4), ((0, 4),), True),
@@ -57,21 +104,78 @@ def test_full_and_causal_segments_together(scale: float | None) -> None:
         Segment((6, 9), ((0, 4), (4, 9)), False),
         Segment((9, 11), ((9, 11),), False),
     )
-    assert_same(Plan(11, segments), (4, 2), scale)
+    for backend in ("sdpa", "varlen"):
+        plan = Plan(11, segments).on(CPU, backend)
+        assert_like_the_oracle(plan, (4, 2), dtype=torch.float64, tolerance=1e-9, scale=scale)
 
 
-def test_causal_aligns_at_the_bottom_right() -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "varlen"])
+def test_causal_aligns_at_the_bottom_right(plain_varlen: None, backend: str) -> None:
     """The first query of a branch sees its whole prefix, the last one everything."""
-    plan = Plan(3, (Segment((0, 1), ((0, 1),), True), Segment((1, 3), ((0, 1), (1, 3)), True)))
-    value = torch.eye(3)[None, None]
-    out = plan_attention(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3), value, plan)
-    torch.testing.assert_close(out[0, 0], torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3]]))
+    assert_bottom_right(backend, CPU, torch.float32)
 
 
 def test_a_sequence_of_another_length_is_refused() -> None:
     plan = pack([layout(2, 1)]).plan
     with pytest.raises(ValueError, match="3 tokens"):
         plan_attention(*[torch.zeros(1, 2, 4, 8)] * 3, plan)
+
+
+def test_autocast_reaches_every_backend(plain_varlen: None) -> None:
+    """Rotated queries and keys come in float32, values in bfloat16; kernels want one type."""
+    query, key, value, _ = drawn(PLANS["several pictures"], (4, 2), 8, torch.float32)
+    for backend in ("sdpa", "varlen", "flex"):
+        with torch.autocast("cpu", torch.bfloat16):
+            plan = PLANS["several pictures"].on(CPU, backend)
+            out = plan_attention(query, key, value.bfloat16(), plan)
+        assert out.dtype == torch.bfloat16
+        want = dense_attention(query, key, value, plan)
+        torch.testing.assert_close(out.float(), want, rtol=2e-2, atol=2e-2)
+
+
+# -- what the step does --------------------------------------------------------------------------------------
+
+
+class Recorded(TorchDispatchMode):
+    """Names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+BUILDING = {"arange", "argsort", "sort", "full", "tril", "_to_copy", "lift_fresh", "lift_fresh_copy"}
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "_unique2", "item"}
+
+
+def borrowed(query: Tensor, key: Tensor, value: Tensor, group: object, scale: float) -> Tensor:
+    """In a kernel's place: depends on all inputs, needs nothing of the host."""
+    return query * scale + (key.sum() + value.sum())
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+def test_the_step_builds_nothing_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: borrowed)
+    for name, plan in PLANS.items():
+        ready = plan.on(CPU, backend)
+        *inputs, weight = drawn(plan, (4, 2), 8, torch.float32)
+        leaves = [x.requires_grad_() for x in inputs]
+        with Recorded() as step:
+            torch.autograd.grad(plan_attention(*leaves, ready), leaves, weight)
+        assert not step.names & (BUILDING | WAITING), name
+    with Recorded() as making:
+        pack([layout(5, 2, 3)]).plan.on(CPU, backend)
+    assert making.names & BUILDING, "the recorder sees what it is to see"
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "varlen", "flex"])
+def test_a_plan_is_laid_out_once(backend: str) -> None:
+    plan = PLANS["several pictures"].on(CPU, backend)
+    assert plan.layout(CPU) is plan.layout(CPU) is plan.on(CPU, backend).layout(CPU)
 
 
 def test_a_library_model_takes_the_plan() -> None:

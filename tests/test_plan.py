@@ -97,17 +97,6 @@ def test_spans_say_where_everything_lies() -> None:
     assert packed.plan.length == 10
 
 
-@settings(max_examples=40, deadline=None)
-@given(LAYOUTS)
-def test_gathering_reorders_every_token_once(layouts: list[Layout]) -> None:
-    plan = pack(layouts).plan
-    gathered = plan.gathered(torch.device("cpu"))
-    assert torch.equal(gathered.query_index[gathered.packed_index], torch.arange(plan.length))
-    assert len(gathered.query_index) == sum(group.count * group.queries for group in gathered.groups)
-    assert len(gathered.key_index) == sum(group.count * group.keys for group in gathered.groups)
-    assert gathered is plan.gathered(torch.device("cpu"))
-
-
 def test_full_segments_see_all_of_their_keys() -> None:
     plan = Plan(5, (Segment((0, 2), ((0, 2),), causal=True), Segment((2, 5), ((0, 2), (2, 5)), causal=False)))
     assert plan.dense_mask().tolist() == [

@@ -10,15 +10,14 @@ Legend: T tokens of the packed sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
-from unimrg.transfer import moved
-
-Span = tuple[int, int]
+from unimrg.layouts import LAYOUTS, Span, indices
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,16 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class SegmentGroup:
-    """`count` segments of one shape, which run as one batch.
-
-    mask: bool [queries, keys], True = may look, for causal segments with more keys than queries; else None.
-    """
-
-    count: int
-    queries: int
-    keys: int
-    causal: bool
-    mask: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """The segments of a plan sorted into groups, on one device.
-
-    query_index: [T] and key_index: [sum of all segments' keys]: packed positions, group by group.
-    packed_index: [T], where each packed token stands in `query_index`.
-    """
-
-    groups: tuple[SegmentGroup, ...]
-    query_index: torch.Tensor
-    key_index: torch.Tensor
-    packed_index: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Plan:
     """Segments over a packed sequence of `length` tokens; their queries cover 0..length-1 in order, once.
 
+    attention: the backend that runs it, a name of `LAYOUTS`.
     Raises ValueError when a token is covered twice or not at all, or a key lies outside the sequence.
     """
 
     length: int
     segments: tuple[Segment, ...]
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
         end = 0
@@ -97,38 +70,28 @@ class Plan:
         """Boolean [T, T], True where the row's token may look at the column's: the test oracle."""
         mask = torch.zeros(self.length, self.length, dtype=torch.bool)
         for segment in self.segments:
-            keys = _indices(segment.keys)
+            keys = indices(segment.keys)
             allowed = torch.ones(segment.query_length, len(keys), dtype=torch.bool)
             if segment.causal:
                 allowed = allowed.tril(len(keys) - segment.query_length)
             mask[slice(*segment.query), keys] = allowed
         return mask
 
-    def gathered(self, device: torch.device) -> Gathered:
-        """Segments batched by shape: few large attention calls instead of many small ones. Built once."""
-        if device not in self._gathered:
-            self._gathered[device] = self._gather(device)
-        return self._gathered[device]
+    def on(self, device: torch.device, attention: str) -> Plan:
+        """The same plan, all that the backend needs of it laid out on the device."""
+        plan = self if attention == self.attention else dataclasses.replace(self, attention=attention)
+        plan.layout(torch.empty(0, device=device).device)  # of `cuda` the number too
+        return plan
+
+    def layout(self, device: torch.device) -> Any:
+        """What `LAYOUTS` makes of the segments for the backend. Built once, on the host."""
+        if device not in self._layouts:
+            self._layouts[device] = LAYOUTS[self.attention](self.segments, device)
+        return self._layouts[device]
 
     @cached_property
-    def _gathered(self) -> dict[torch.device, Gathered]:
+    def _layouts(self) -> dict[torch.device, Any]:
         return {}
-
-    def _gather(self, device: torch.device) -> Gathered:
-        shapes: dict[tuple[int, int, bool], list[Segment]] = {}
-        for segment in self.segments:
-            shapes.setdefault((segment.query_length, segment.key_length, segment.causal), []).append(segment)
-        ordered = [segment for same in shapes.values() for segment in same]
-        query_index = _indices(segment.query for segment in ordered)
-        return Gathered(
-            tuple(
-                SegmentGroup(len(same), queries, keys, causal, _lower_right(queries, keys, causal, device))
-                for (queries, keys, causal), same in shapes.items()
-            ),
-            moved(query_index, device),
-            moved(_indices(span for segment in ordered for span in segment.keys), device),
-            moved(query_index.argsort(), device),
-        )
 
     @property
     def attended_pairs(self) -> int:
@@ -138,14 +101,3 @@ class Plan:
             queries, keys = segment.query_length, segment.key_length
             total += queries * keys - (queries * (queries - 1) // 2 if segment.causal else 0)
         return total
-
-
-def _indices(spans: Iterable[Span]) -> torch.Tensor:
-    return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in spans)])
-
-
-def _lower_right(queries: int, keys: int, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """Causal mask whose last row sees every key; None where none is needed or the usual one will do."""
-    if not causal or queries == keys:
-        return None
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
