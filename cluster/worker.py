@@ -27,6 +27,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from cluster.monitor import Verdict
 from cluster.pipeline import Ingest, Stored, share_of
 from cluster.session import root_cause
+from unimrg.backends import choose_attention
 from unimrg.checkpoint import (
     Progress,
     Saver,
@@ -42,7 +43,7 @@ from unimrg.checkpoint import (
 )
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
 from unimrg.data.prefetch import prefetch
-from unimrg.engine import Engine, gather, make_engine
+from unimrg.engine import Engine, choose_precision, gather, make_engine
 from unimrg.errors import (
     CheckpointError,
     ConfigError,
@@ -134,6 +135,11 @@ class _Worker:
             model, tokenizer = family.build(local, self.config.seed)
             model.freeze(self.config.family.freeze, tasks)
             adapt(model, self.config.family.lora, tasks, self.config.seed)
+            # Here, where ranks give up together; the engine gets the same answer.
+            engine_config = self.config.engine
+            attention = choose_attention(
+                engine_config.attention, device, choose_precision(engine_config, device)
+            )
         model.train()
         coded = self.stored is not None and self.stored[0].codes is not None
         self.processor = family.processor(
@@ -143,7 +149,7 @@ class _Worker:
         torch.manual_seed(self.config.seed + 7919 * self.rank)  # of dropout; a checkpoint brings its own
         with _together():
             self._restore(engine)
-        self._announce(engine.steps_done)
+        self._announce(engine.steps_done, str(attention))
         self._train()
         self._commit(self.saver.finish(wait=True))
         self.watchdog.close()
@@ -271,11 +277,12 @@ class _Worker:
             detail = {"rank": self.rank, "pid": os.getpid(), "stacks": what[-20_000:]}
             ray.get(self.monitor.event.remote("hang", detail), timeout=30)
 
-    def _announce(self, step: int) -> None:
-        """Say that this worker group begins, and which processes it is."""
+    def _announce(self, step: int, attention: str) -> None:
+        """Say that this worker group begins, which processes it is, and which attention it runs on."""
         pids = [int(pid) for (pid,) in gather([os.getpid()])]
         if self.rank == 0:
             ray.get(self.monitor.start.remote(step, pids))
+            self.monitor.event.remote("attention", attention, step)
 
     # -- keeping ---------------------------------------------------------------------------------------------
 

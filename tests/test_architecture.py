@@ -28,6 +28,7 @@ LAYERS = (
         "tasks",
         "plan",
         "attention",
+        "backends",
         "layouts",
         "packing",
         "data",

@@ -48,6 +48,7 @@ class FakeEngine:
 
     model: Any = FakeModel()
     device = CPU
+    attention = "sdpa"
     ranks = 1
 
     def __init__(self, steps_done: int = 0, losses: tuple[float, ...] = (), norm: float = 1.0) -> None:

@@ -184,7 +184,7 @@ def test_a_batch_takes_its_plan_along() -> None:
     batch = batch_of("harmon", from_codes=False)
     there = batch.to(META)
     with NoTraffic():
-        assert there.plan.gathered(META).query_index.device == META
+        assert there.plan.layout(META).key_index.device == META
     assert all(
         getattr(there, f.name).device == META
         for f in dataclasses.fields(there)

@@ -426,6 +426,11 @@ class EngineConfig:
     activation_checkpointing: bool = knob(
         False, "blocks are computed again in the backward pass: less memory, a third more time"
     )
+    attention: str = knob(
+        "auto",
+        "flash_attn (the package), varlen (torch's own FlashAttention), flex, sdpa, or auto: on GPUs the "
+        "first of these that works there in bfloat16, elsewhere sdpa",
+    )
     threads: int = knob(0, "of torch, per worker; 0 = torch's choice")
     peak_tflops: float = knob(
         0.0, "of a worker's device at best, dense, of which MFU is a share; 0 = by the device's name"
@@ -434,6 +439,7 @@ class EngineConfig:
     def check(self) -> None:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
         require_choice("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
+        require_choice("engine.attention", self.attention, ("auto", "flash_attn", "varlen", "flex", "sdpa"))
         require("engine.zero_stage", self.zero_stage, 1, 3)
         if self.offload and self.name != "deepspeed":
             raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")

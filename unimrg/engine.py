@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unimrg.backends import choose_attention
 from unimrg.config import EngineConfig, TrainConfig
 from unimrg.errors import MissingExtraError
 from unimrg.families.base import Family
@@ -40,10 +41,14 @@ from unimrg.schedule import cosine_with_warmup
 
 
 class Engine(Protocol):
-    """What `loop` needs. `model` is the family itself; `ranks` the number of processes."""
+    """What `loop` needs. `model` is the family itself; `ranks` the number of processes.
+
+    attention: the backend that runs the plans of its batches.
+    """
 
     model: Family
     device: torch.device
+    attention: str
     ranks: int
     steps_done: int
 
@@ -154,6 +159,7 @@ class TorchEngine:
         self._schedule = _Schedule(train)
         self._clip = train.clip
         self._dtype = choose_precision(config, device)
+        self.attention = choose_attention(config.attention, device, self._dtype).name
         self._optimizer = _adamw(model, train)
         self._average = _average(self, train)
         self._parallel: nn.parallel.DistributedDataParallel | None = None
@@ -215,6 +221,7 @@ class DeepSpeedEngine:
         self.device = device
         self.steps_done = 0
         self.ranks = world()[1]
+        self.attention = choose_attention(config.attention, device, choose_precision(config, device)).name
         self._schedule = _Schedule(train)
         self._stage = config.zero_stage
         if not dist.is_initialized():

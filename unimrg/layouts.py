@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from unimrg.transfer import moved
+
 if TYPE_CHECKING:
     from unimrg.plan import Segment
 
@@ -96,7 +98,7 @@ def by_mode(segments: Sequence[Segment], device: torch.device) -> Gathered[ModeG
     def group(same: Sequence[Segment]) -> ModeGroup:
         queries, keys = [one.query_length for one in same], [one.key_length for one in same]
         starts = (torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
-        cu_queries, cu_keys = (upload(start, device) for start in starts)
+        cu_queries, cu_keys = (moved(start, device) for start in starts)
         rows = sum(queries), sum(keys)
         return ModeGroup(same[0].causal, cu_queries, cu_keys, max(queries), max(keys), rows)
 
@@ -114,12 +116,12 @@ def _gather(
         kinds.setdefault(kind(segment), []).append(segment)
     ordered = [segment for same in kinds.values() for segment in same]
     queries = indices(segment.query for segment in ordered)
-    moved = any(now is not before for now, before in zip(ordered, segments, strict=True))
+    reordered = any(now is not before for now, before in zip(ordered, segments, strict=True))
     return Gathered(
         tuple(group(same) for same in kinds.values()),
-        upload(queries, device) if moved else None,
-        upload(indices(span for segment in ordered for span in segment.keys), device),
-        upload(queries.argsort(), device) if moved else None,
+        moved(queries, device) if reordered else None,
+        moved(indices(span for segment in ordered for span in segment.keys), device),
+        moved(queries.argsort(), device) if reordered else None,
     )
 
 
@@ -129,7 +131,7 @@ def by_block(segments: Sequence[Segment], device: torch.device) -> Any:
 
     first, stop = key_ranges(segments)
     some, every = blocks(segments, first, stop)
-    firsts, stops = (upload(ends, device).unbind(0) for ends in (first, stop))
+    firsts, stops = (moved(ends, device).unbind(0) for ends in (first, stop))
 
     def may_look(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = (key >= firsts[0][query]) & (key < stops[0][query])
@@ -147,7 +149,7 @@ def by_block(segments: Sequence[Segment], device: torch.device) -> Any:
     )
     for name, value in vars(mask).items():
         if isinstance(value, Tensor):
-            setattr(mask, name, upload(value, device))
+            setattr(mask, name, moved(value, device))
     return mask
 
 
@@ -207,13 +209,6 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def indices(spans: Iterable[Span]) -> Tensor:
     """int64: every position of the spans, in their order."""
     return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in spans)])
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on `device`. Nobody waits for a GPU: from pinned memory the copy queues behind its work."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _lower_right(queries: int, keys: int, causal: bool, device: torch.device) -> Tensor | None:

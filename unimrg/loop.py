@@ -68,7 +68,7 @@ def train_step(
     sums: dict[Task, Tensor] = {}
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
-        losses = engine.forward(batch.to(engine.device), last)
+        losses = engine.forward(batch.to(engine.device, engine.attention), last)
         total = combine(losses, weights, counts, engine.ranks)
         # Times one, or times NaN where the loss isn't finite: then no gradient is, on any rank, and the
         # engines skip the update without anybody waiting for a number.

@@ -124,14 +124,12 @@ class Batch:
     ids: tuple[str, ...] = ()
     notes: dict[str, int] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Self:
-        """The same batch with every tensor on `device`, those that attention makes of the plan too."""
+    def to(self, device: torch.device, attention: str = "sdpa") -> Self:
+        """The same batch with every tensor on `device`, its plan laid out there for the attention backend."""
         tensors: dict[str, Any] = {
             f.name: moved(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        # Made here, because inside the step they would have to be fetched from the host. By the tensors' own
-        # device: `cuda` is `cuda:0` once a tensor lies there.
-        self.plan.gathered(next((tensor.device for tensor in tensors.values()), device))
-        return dataclasses.replace(self, **tensors)
+        # Laid out here, because inside the step it would have to be fetched from the host.
+        return dataclasses.replace(self, plan=self.plan.on(device, attention), **tensors)
