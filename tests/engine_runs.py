@@ -90,11 +90,12 @@ def train_config(steps: int = 3, **changes: Any) -> TrainConfig:
     return TrainConfig(steps=steps, batch_size=BATCH, **(values | changes))
 
 
-def engine_config(name: str, precision: str = "float32") -> EngineConfig:
+def engine_config(name: str, precision: str = "float32", recompute: str = "auto") -> EngineConfig:
+    common = {"precision": precision, "activation_checkpointing": recompute}
     if name == "torch":
-        return EngineConfig(name="torch", precision=precision)
+        return EngineConfig(name="torch", **common)
     stage, _, offload = name.removeprefix("zero").partition("-")
-    return EngineConfig("deepspeed", zero_stage=int(stage), offload=bool(offload), precision=precision)
+    return EngineConfig("deepspeed", zero_stage=int(stage), offload=bool(offload), **common)
 
 
 def make(
@@ -117,7 +118,7 @@ def make(
 
 
 def make_any(
-    name: str, train: TrainConfig, family: str, from_codes: bool = False
+    name: str, train: TrainConfig, family: str, from_codes: bool = False, recompute: str = "auto"
 ) -> tuple[Engine, Processor]:
     """An engine around the micro model of any family, and its processor."""
     model = families.fresh_model(family)
@@ -125,7 +126,7 @@ def make_any(
     model.train()
     processor = families.processor(family)
     processor.grey_codes = model.grey_codes() if from_codes else None
-    return make_engine(model, train, engine_config(name), CPU), processor
+    return make_engine(model, train, engine_config(name, recompute=recompute), CPU), processor
 
 
 # -- what plans are made of ----------------------------------------------------------------------------------
@@ -155,13 +156,17 @@ def train(
 
 
 def train_any(
-    engine: str, family: str, steps: int = 3, logits: int = vocabulary.LOGITS_AT_ONCE
+    engine: str,
+    family: str,
+    steps: int = 3,
+    logits: int = vocabulary.LOGITS_AT_ONCE,
+    recompute: str = "auto",
 ) -> dict[str, Any]:
     """A few steps of any family: what every step reported, and the weights after them.
 
     logits: elements of a head's output at one time; ranks with more rows than others take more chunks.
     """
-    made, processor = make_any(engine, train_config(steps), family)
+    made, processor = make_any(engine, train_config(steps), family, recompute=recompute)
     seen: list[StepOutput] = []
     with patch.object(vocabulary, "LOGITS_AT_ONCE", logits):
         fit(made, batches(processor, 0, steps, 1), WEIGHTS.by_task(), steps, observe=seen.append)

@@ -21,13 +21,15 @@ class Tally(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self.largest = 0
+        self._bound = 0  # at least what is there
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
         self._given: dict[int, StorageWeakRef] = {}
 
     @property
     def now(self) -> int:
         self._seen = {key: item for key, item in self._seen.items() if not item[0].expired()}
-        return sum(size for _, size in self._seen.values())
+        self._bound = sum(size for _, size in self._seen.values())
+        return self._bound
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
@@ -42,8 +44,10 @@ class Tally(TorchDispatchMode):
             if known is None or known.expired():
                 self._given.pop(reference.cdata, None)
                 self._seen[reference.cdata] = (reference, storage.nbytes())
+                self._bound += storage.nbytes()
                 self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
-        self.peak = max(self.peak, self.now)
+        if self._bound > self.peak:
+            self.peak = max(self.peak, self.now)
         return out
 
 

@@ -41,6 +41,7 @@ LAYERS = (
         "health",
         "watchdog",
         "lora",
+        "memory",
         "metrics",
         "schedule",
         "flops",

@@ -63,8 +63,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Group]:
         return "interrupted", {"engine": "zero2", "family": name, "folder": str(folder / name), **rest}
 
     alone: dict[str, Any] = {name: ("train_any", {"engine": "torch", "family": name}) for name in NAMES}
-    two: dict[str, Any] = {name: ("train_any", {"engine": "zero2", "family": name}) for name in OTHERS}
-    sharded = {"engine": "zero3", "logits": CHUNK}
+    halves = {"engine": "zero2", "recompute": "selective"}
+    sharded = {"engine": "zero3", "recompute": "full", "logits": CHUNK}
+    two: dict[str, Any] = {name: ("train_any", {"family": name, **halves}) for name in OTHERS}
     two |= {f"{name}-zero3": ("train_any", {"family": name, **sharded}) for name in NAMES}
     two |= {f"{name}-whole": kept(name) for name in OTHERS}
     two |= {f"{name}-half": kept(name, stop_at=3) for name in OTHERS}
@@ -86,7 +87,8 @@ def assert_same_training(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("run", [*OTHERS, *(f"{name}-zero3" for name in NAMES)])
 def test_two_sharded_workers_are_one(groups: dict[str, Group], run: str) -> None:
-    """Also with sharded parameters (zero3) and logits in chunks, of which ranks have different numbers."""
+    """With every second block recomputed; and with sharded parameters (zero3), all blocks recomputed, and
+    logits in chunks, of which the ranks have different numbers."""
     name = run.removesuffix("-zero3")
     want = groups["alone"].result(name)
     assert_same_training(groups["two"].result(run), want)

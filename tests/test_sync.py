@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.engine_runs import coded
 from tests.families import NAMES, SIDE, fresh_model, processor, shared_model
 from tests.tiny_harmon import random_sample
+from unimrg.families import vocabulary
 from unimrg.families.base import Family
 from unimrg.families.rows import PackedBatch
 from unimrg.losses import combine
@@ -152,10 +153,17 @@ def without_values(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, PackedBatc
 @pytest.mark.parametrize("from_codes", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_neither_reads_values_nor_moves_them(
-    name: str, from_codes: bool, without_values: Callable[[str, PackedBatch], Family]
+    name: str,
+    from_codes: bool,
+    without_values: Callable[[str, PackedBatch], Family],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """From pixels, and from codes with everything computed again in the backward pass."""
     batch = batch_of(name, from_codes)
     model, there = without_values(name, batch), batch.to(META)
+    if from_codes:
+        model.recompute("full")
+        monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 2000)
     train(model, there)  # the first step fills tables that stay on the device
     with NoTraffic():
         train(model, there)
@@ -203,6 +211,7 @@ def test_cuda_sees_no_synchronisation(name: str, from_codes: bool) -> None:
     device = torch.device("cuda", 0)
     batch = batch_of(name, from_codes)
     model = fresh_model(name).train().to(device)
+    model.recompute("full" if from_codes else "none")
     with torch.autocast("cuda", torch.bfloat16):
         train(model, batch.to(device))
         torch.cuda.synchronize()

@@ -423,8 +423,10 @@ class EngineConfig:
         False, "of deepspeed: AdamW's state and update in the host's memory: less on the GPU, slower"
     )
     precision: str = knob("auto", "float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs")
-    activation_checkpointing: bool = knob(
-        False, "blocks are computed again in the backward pass: less memory, a third more time"
+    activation_checkpointing: str = knob(
+        "auto",
+        "blocks computed again in the backward pass to save memory: none, selective (every second one: half "
+        "the memory, a sixth more time), full (all: a third more time), or auto: the first that fits",
     )
     attention: str = knob(
         "auto",
@@ -440,6 +442,12 @@ class EngineConfig:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
         require_choice("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         require_choice("engine.attention", self.attention, ("auto", "flash_attn", "varlen", "flex", "sdpa"))
+        # YAML's true and false were the values once.
+        require_choice(
+            "engine.activation_checkpointing",
+            str(self.activation_checkpointing),
+            ("auto", "none", "selective", "full"),
+        )
         require("engine.zero_stage", self.zero_stage, 1, 3)
         if self.offload and self.name != "deepspeed":
             raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")

@@ -24,6 +24,7 @@ from unimrg.config import EngineConfig, TrainConfig
 from unimrg.errors import MissingExtraError
 from unimrg.families.base import Family
 from unimrg.losses import TaskLoss
+from unimrg.memory import choose_recompute, free_bytes
 from unimrg.packing import Batch
 from unimrg.pieces import (
     AVERAGE,
@@ -112,10 +113,18 @@ def choose_precision(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def make_engine(model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> Engine:
     """The engine that the config names, around `model` moved to `device`."""
-    if config.activation_checkpointing:
-        model.recompute_activations()
+    model.recompute(_recompute(model, train, config, device))
     kind = TorchEngine if config.name == "torch" else DeepSpeedEngine
     return kind(model, train, config, device)
+
+
+def _recompute(model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> str:
+    """Which blocks to recompute: as the config says, or so that a step fits into every worker's memory."""
+    if config.activation_checkpointing != "auto":
+        return config.activation_checkpointing
+    ranks = world()[1]
+    free = min(row[0] for row in gather([free_bytes(device, model, ranks)]))
+    return choose_recompute(model, train, config, choose_precision(config, device).itemsize, ranks, free)
 
 
 class _Schedule:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unimrg.errors import ConfigError
+from unimrg.families.blocks import recompute
 from unimrg.families.encoder import grey
 from unimrg.families.rows import PackedBatch
 from unimrg.families.vocabulary import token_losses
@@ -24,6 +25,9 @@ from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample, Task
+
+PROMPT = 64
+"""More tokens than a drawing's prompt and what surrounds its target have."""
 
 
 class Processor(Protocol):
@@ -126,11 +130,30 @@ class Family(PreTrainedModel):
                     inner.training = False
         return self
 
-    def recompute_activations(self) -> None:
-        """Keep no activations inside the blocks; the backward pass computes them again (arXiv 1604.06174)."""
-        # transformers renames the method between 5.17 and 5.23, and warns of the old name.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        next(getattr(self, name) for name in names if hasattr(self, name))()
+    # -- blocks ----------------------------------------------------------------------------------------------
+
+    BLOCKS: tuple[str, ...] = ()
+    """Names of the lists of blocks, which take most of a step's time and memory."""
+
+    def blocks(self) -> dict[str, list[torch.nn.Module]]:
+        """The members of each list of `BLOCKS`, in the order in which they run."""
+        return {name: list(self.get_submodule(name).children()) for name in self.BLOCKS}
+
+    @abstractmethod
+    def block_tokens(self, text: int) -> dict[str, int]:
+        """Rows that one sample with all drawings and `text` tokens of texts sends through each of `BLOCKS`.
+
+        Upper bounds; a drawing's prompt is taken to be `PROMPT` tokens long.
+        """
+
+    def recompute(self, policy: str) -> None:
+        """Compute the activations of some blocks again in the backward pass: one of `blocks.POLICIES`."""
+        for members in self.blocks().values():
+            recompute(members, policy)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """What transformers' own methods for the same call."""
+        self.recompute("full" if enable else "none")
 
     # -- frozen codes ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unimrg.families.harmon.config import MARConfig
 from unimrg.families.harmon.process import (
@@ -80,7 +79,6 @@ class HeadNetwork(nn.Module):
         self.input_proj = nn.Linear(token_width, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_width)
-        self.gradient_checkpointing = False
 
     def forward(self, x_NC: Tensor, t_N: Tensor, condition_RW: Tensor, repeats: int = 1) -> Tensor:
         """Row k*R + r of x and t belongs to condition r; each condition is projected only once."""
@@ -98,10 +96,7 @@ class HeadNetwork(nn.Module):
         """The network after its time and condition have been summed into y."""
         x_ND = self.input_proj(x_NC.to(self.input_proj.weight.dtype))
         for block in self.res_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(block, x_ND, y_ND, use_reentrant=False)
-            else:
-                x_ND = block(x_ND, y_ND)
+            x_ND = block(x_ND, y_ND)
         return self.final_layer(x_ND, y_ND)
 
     def reset_parameters(self) -> None:

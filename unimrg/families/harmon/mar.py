@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unimrg.families.harmon.config import MARConfig
 from unimrg.families.harmon.diffusion import DiffusionHead
@@ -114,14 +112,12 @@ class MAR(nn.Module):
     """Encoder, decoder, their position tables, and the diffusion head `diffloss`.
 
     varlen_attention: used by the ragged forms; replace it by a faster kernel where there is one.
-    gradient_checkpointing: recompute each block in the backward pass.
     """
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
         self.varlen_attention: VarlenAttention = sdpa_varlen
-        self.gradient_checkpointing = False
         width, out_width, eps = config.encoder_width, config.decoder_width, config.norm_eps
         buffers, cells = config.buffer_size, config.grid[0] * config.grid[1]
 
@@ -226,10 +222,7 @@ class MAR(nn.Module):
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, attend: Attend) -> Tensor:
         for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(partial(block, attend=attend), x, use_reentrant=False)
-            else:
-                x = block(x, attend)
+            x = block(x, attend)
         return x
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from unimrg.attention import IMPLEMENTATION, NO_MASK
-from unimrg.families.base import DrawOptions, Family
+from unimrg.families.base import PROMPT, DrawOptions, Family
 from unimrg.families.harmon import generate
 from unimrg.families.harmon.config import HarmonConfig
 from unimrg.families.harmon.flops import Sizes, count
@@ -30,7 +30,7 @@ from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.vae import KLVAE
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
-from unimrg.sample import Task
+from unimrg.sample import IMAGE_TASKS, Task
 
 
 class States(NamedTuple):
@@ -84,6 +84,12 @@ class Harmon(Family):
 
     NO_DECAY = ("diffloss",)
     PARTS = ("llm", "mar_encoder", "mar_decoder", "proj_in", "proj_out")
+    BLOCKS = (
+        "mar.encoder_blocks",
+        "llm.model.layers",
+        "mar.decoder_blocks",
+        "mar.diffloss.net.res_blocks",
+    )
     LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: HarmonConfig) -> None:
@@ -224,6 +230,17 @@ class Harmon(Family):
     @property
     def drawing_parts(self) -> tuple[str, ...]:
         return ("mar_decoder", "proj_out")
+
+    def block_tokens(self, text: int) -> dict[str, int]:
+        mar, cells, drawn = self.config.mar, math.prod(self.grid), len(IMAGE_TASKS)
+        picture = mar.buffer_size + cells
+        visible = mar.buffer_size + math.floor(cells * (1 - mar.mask_ratio_min))
+        return {
+            "mar.encoder_blocks": picture + drawn * visible,
+            "llm.model.layers": picture + text + drawn * (visible + PROMPT),
+            "mar.decoder_blocks": drawn * picture,
+            "mar.diffloss.net.res_blocks": drawn * cells * mar.diffusion_batch_mul,
+        }
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         decoder = ("decoder_", "mask_token", "diffusion_pos_embed", "diffloss")

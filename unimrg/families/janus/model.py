@@ -10,6 +10,7 @@ a target, T packed tokens, H width of the language model, M codes that count, K 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import JanusForConditionalGeneration
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from unimrg.attention import IMPLEMENTATION
-from unimrg.families.base import DrawOptions, Family
+from unimrg.families.base import PROMPT, DrawOptions, Family
 from unimrg.families.janus import generate
 from unimrg.families.janus.config import JanusFamilyConfig
 from unimrg.families.janus.flops import Sizes, count
@@ -28,7 +29,7 @@ from unimrg.families.janus.processor import JanusBatch, JanusPackedProcessor
 from unimrg.families.vocabulary import token_losses
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
-from unimrg.sample import Task
+from unimrg.sample import IMAGE_TASKS, Task
 
 PART_OF = {
     "vision_model": "vision",
@@ -53,6 +54,7 @@ class Janus(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "aligner", "llm", "generation")
+    BLOCKS = ("janus.model.vision_model.encoder.layers", "janus.model.language_model.layers")
     LORA_TARGETS = ("janus.model.language_model.*_proj",)
 
     def __init__(self, config: JanusFamilyConfig) -> None:
@@ -155,6 +157,19 @@ class Janus(Family):
     @property
     def drawing_parts(self) -> tuple[str, ...]:
         return ("generation",)
+
+    def block_tokens(self, text: int) -> dict[str, int]:
+        picture, codes = self.config.image_tokens, math.prod(self.config.grid)
+        tower = self.janus.model.vision_model
+        trained = any(parameter.requires_grad for parameter in tower.parameters())
+        return {
+            # First of all and frozen, the tower keeps nothing.
+            "janus.model.vision_model.encoder.layers": picture if trained else 0,
+            "janus.model.language_model.layers": PROMPT
+            + picture
+            + text
+            + len(IMAGE_TASKS) * (PROMPT + codes),
+        }
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         # A bias of SigLIP's keys is cancelled by the softmax: its gradients are rounding errors, which AdamW

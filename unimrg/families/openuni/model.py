@@ -10,6 +10,7 @@ H width of the language model, C latent channels, h x w latent grid, L its cells
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +22,7 @@ from torch.nn.functional import interpolate
 from transformers import InternVLForConditionalGeneration
 
 from unimrg.attention import IMPLEMENTATION, NO_MASK
-from unimrg.families.base import DrawOptions, Family
+from unimrg.families.base import PROMPT, DrawOptions, Family
 from unimrg.families.openuni import generate, libraries
 from unimrg.families.openuni.config import DCAEConfig, OpenUniConfig
 from unimrg.families.openuni.connector import Connector
@@ -29,7 +30,7 @@ from unimrg.families.openuni.flops import Sizes, count
 from unimrg.families.openuni.processor import OpenUniBatch, OpenUniProcessor
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
-from unimrg.sample import Task
+from unimrg.sample import IMAGE_TASKS, Task
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderDC
@@ -60,6 +61,12 @@ class OpenUni(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "mlp1", "llm", "queries", "connector", "projector", "sana")
+    BLOCKS = (
+        "lmm.model.vision_tower.encoder.layer",
+        "lmm.model.language_model.layers",
+        "connector.layers",
+        "transformer.transformer_blocks",
+    )
     # Of the language model alone: the vision tower and the connector use the same names.
     LORA_TARGETS = ("lmm.model.language_model.*_proj",)
 
@@ -218,6 +225,22 @@ class OpenUni(Family):
     @property
     def drawing_parts(self) -> tuple[str, ...]:
         return ("queries", "connector", "projector", "sana")
+
+    def block_tokens(self, text: int) -> dict[str, int]:
+        drawn, queries = len(IMAGE_TASKS), self.config.num_queries
+        tower = self.lmm.model.vision_tower
+        seen = (self.config.vision_size // self.config.lmm.vision_config.patch_size[0]) ** 2 + 1
+        trained = any(parameter.requires_grad for parameter in tower.parameters())
+        return {
+            # First of all and frozen, the tower keeps nothing.
+            "lmm.model.vision_tower.encoder.layer": seen if trained else 0,
+            "lmm.model.language_model.layers": PROMPT
+            + self.config.picture_tokens
+            + text
+            + drawn * (PROMPT + queries),
+            "connector.layers": drawn * queries,
+            "transformer.transformer_blocks": drawn * math.prod(self.grid),
+        }
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         cancelled = {id(bias) for bias in self._cancelled_biases()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, PhiForCausalLM
 
 from unimrg.attention import IMPLEMENTATION
-from unimrg.families.base import DrawOptions, Family
+from unimrg.families.base import PROMPT, DrawOptions, Family
 from unimrg.families.showo import generate
 from unimrg.families.showo.config import ShowoConfig
 from unimrg.families.showo.flops import Sizes, count
@@ -30,7 +30,7 @@ from unimrg.families.vocabulary import token_losses
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.plan import Plan
-from unimrg.sample import Task
+from unimrg.sample import IMAGE_TASKS, Task
 
 
 class Showo(Family):
@@ -43,6 +43,7 @@ class Showo(Family):
     _supports_sdpa = True
 
     PARTS = ("llm", "projector")
+    BLOCKS = ("showo.model.layers",)
     LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
     def __init__(self, config: ShowoConfig) -> None:
@@ -183,6 +184,11 @@ class Showo(Family):
         return generate.draw(self, processor, images, task, options)
 
     # -- training --------------------------------------------------------------------------------------------
+
+    def block_tokens(self, text: int) -> dict[str, int]:
+        picture = PROMPT + self.config.source_tokens
+        drawings = len(IMAGE_TASKS) * (PROMPT + self.config.target_tokens)
+        return {"showo.model.layers": picture + text + drawings}
 
     def named_parts(self) -> Iterator[tuple[str, nn.Parameter]]:
         parts = {"showo": "llm", "mm_projector": "projector"}
