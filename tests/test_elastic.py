@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.tiny_harmon import micro, tokenizer
 from unimrg.compose import compose
 from unimrg.config import RunConfig
 from unimrg.data.scenes import SceneSettings, write
+from unimrg.errors import UnimrgError
 from unimrg.families.harmon.model import Harmon
 from unimrg.metrics import read_jsonl
 from unimrg.sample import Task
@@ -134,3 +136,28 @@ def test_a_frozen_worker_is_told_and_replaced(words: list[str], tmp_path: Path) 
     assert hang["detail"]["rank"] == 0 and "in fit" in hang["detail"]["stacks"]
     assert [record["step"] for record in read_jsonl(folder / "metrics.jsonl")] == list(range(1, 61))
     assert read_jsonl(folder / "metrics.jsonl")[-1]["hangs"] == 1
+
+
+def test_a_loss_that_keeps_jumping_brings_back_earlier_weights_and_in_the_end_stops(
+    words: list[str], tmp_path: Path
+) -> None:
+    """A learning rate that rises until the loss explodes, again and again, each time with other samples."""
+    more = ["train.steps=400", "train.learning_rate=4", "train.warmup=1", "train.checkpoint_every=10"]
+    more += ["train.spike=1.5", "train.rollback_after=2", "name=run", f"storage_path={tmp_path}"]
+    with ray_session(), pytest.raises(UnimrgError, match=r"kept jumping up to step \d+, after 3 rollbacks; "):
+        run(compose("train", [*words, *more], RunConfig))
+    events = read_jsonl(tmp_path / "run" / "events.jsonl")
+    rollbacks = [event for event in events if event["event"] == "rollback"]
+    assert len(rollbacks) == 3
+    for event in rollbacks:
+        back, behind = re.search(
+            r"back to step-0*(\d+)-w1, on with the samples from (\d+)", event["detail"]
+        ).groups()
+        assert event["step"] == int(back) and int(behind) > int(back) * 4
+    spikes = [event["step"] for event in events if event["event"] == "spike"]
+    assert len(spikes) >= 8
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert records[-1]["rollbacks"] == 3
+    positions = [record["position"] for record in records]
+    assert positions == sorted(set(positions)) and positions[-1] > 4 * len(positions)
