@@ -155,7 +155,10 @@ def block_rows(model: Family, batch: PackedBatch) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_is_right_within_a_factor_of_one_and_a_half(name: str) -> None:
-    """Of the most that a step takes beside weights and gradients, counted tensor by tensor."""
+    """Of the most that a step takes beside weights and gradients, counted tensor by tensor.
+
+    That is what lies between the passes, or more when a block is running again, as gradients begin to come.
+    """
     model, batch = tiny(name)
     rows = block_rows(model, batch)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -164,8 +167,10 @@ def test_the_estimate_is_right_within_a_factor_of_one_and_a_half(name: str) -> N
         model.recompute(policy)
         model.zero_grad()
         with Tally() as tally:
-            total(model, batch).backward()
-        found[policy] = tally.peak - gradients
+            loss = total(model, batch)
+            between = tally.now
+            loss.backward()
+        found[policy] = max(between, tally.peak - gradients)
         estimate = activation_bytes(model.blocks(), rows, policy, element=4)
         assert 1 / 1.5 < estimate / found[policy] < 1.5, (policy, estimate, found)
     assert found["none"] > 1.5 * found["selective"] > 1.5 * found["full"]

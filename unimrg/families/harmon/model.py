@@ -28,6 +28,7 @@ from unimrg.families.harmon.flops import Sizes, count
 from unimrg.families.harmon.mar import MAR, repeat_rows
 from unimrg.families.harmon.processor import HarmonBatch, HarmonProcessor
 from unimrg.families.harmon.vae import KLVAE
+from unimrg.families.reading import read_rows_of, spread
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.sample import IMAGE_TASKS, Task
@@ -97,6 +98,7 @@ class Harmon(Family):
         self.vae = KLVAE(config.vae)
         self.mar = MAR(config.mar)
         self.llm = Qwen2ForCausalLM._from_config(config.llm, attn_implementation=IMPLEMENTATION)
+        read_rows_of(self.llm.model.layers[-1], ["self_attn.o_proj"])
         hidden = config.llm.hidden_size
         self.proj_in = _projector(config.mar.encoder_width, hidden, hidden)
         self.proj_out = _projector(hidden, hidden, config.mar.encoder_width)
@@ -111,7 +113,8 @@ class Harmon(Family):
 
     def forward(self, batch: HarmonBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
-        states = self.states(batch, self.codes_of(batch))
+        read = torch.cat([batch.label_index, batch.hidden_index])
+        states = self.states(batch, self.codes_of(batch), read)
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(states.hidden, self.llm.lm_head, batch)
@@ -121,10 +124,11 @@ class Harmon(Family):
             losses |= self.image_losses(per_cell, batch.row_task, batch.row_weight, batch)
         return losses
 
-    def states(self, batch: HarmonBatch, latents: Tensor) -> States:
+    def states(self, batch: HarmonBatch, latents: Tensor, read: Tensor | None = None) -> States:
         """One pass over every condition picture, every visible target cell and every packed token.
 
-        latents: [B, L, C] of the batch's pictures, conditions first.
+        latents: [B, L, C] of the batch's pictures, conditions first. read: int64, the packed positions whose
+        states matter, each once (the others' are zeros); None: all.
         """
         condition = self.embed_pictures(latents[: len(batch.images)])
         encoded = None
@@ -141,9 +145,10 @@ class Harmon(Family):
             position_ids=batch.position_ids.unsqueeze(0),
             attention_mask=NO_MASK,
             plan=batch.plan,
+            rows=read,
             use_cache=False,
         ).last_hidden_state[0]
-        return States(latents, condition, encoded, hidden)
+        return States(latents, condition, encoded, spread(hidden, read, batch.tokens))
 
     def _visible_rows(self, batch: HarmonBatch) -> Tensor:
         """int64 [V]: rows of the visible cells in the flattened [G, L]."""

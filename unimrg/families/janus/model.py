@@ -26,6 +26,7 @@ from unimrg.families.janus import generate
 from unimrg.families.janus.config import JanusFamilyConfig
 from unimrg.families.janus.flops import Sizes, count
 from unimrg.families.janus.processor import JanusBatch, JanusPackedProcessor
+from unimrg.families.reading import read_rows_of, spread
 from unimrg.families.vocabulary import token_losses
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
@@ -62,6 +63,7 @@ class Janus(Family):
         self.janus = JanusForConditionalGeneration._from_config(
             config.janus, attn_implementation=IMPLEMENTATION
         )
+        read_rows_of(self.janus.model.language_model.layers[-1], ["self_attn.o_proj"])
         # The library takes the grid of codes to be that of SigLIP's patches; so it is in the published sizes.
         self.janus.model.vqmodel.quantize.quant_state_dims = list(config.grid)
         self.post_init()
@@ -75,7 +77,7 @@ class Janus(Family):
     def forward(self, batch: JanusBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
         codes = self.codes_of(batch, batch.target_source)
-        hidden = self.hidden(batch, codes)
+        hidden = self.hidden(batch, codes, torch.cat([batch.label_index, batch.code_index]))
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.janus.lm_head, batch)
@@ -87,18 +89,23 @@ class Janus(Family):
             losses |= self.image_losses(terms, batch.cell_task, batch.cell_weight, batch)
         return losses
 
-    def hidden(self, batch: JanusBatch, codes: Tensor) -> Tensor:
-        """States [T, H] after the final norm. codes: int64 [G, L] of the targets, fed but for the last."""
+    def hidden(self, batch: JanusBatch, codes: Tensor, read: Tensor | None = None) -> Tensor:
+        """States [T, H] after the final norm. codes: int64 [G, L] of the targets, fed but for the last.
+
+        read: int64, the packed positions whose states matter, each once (the others' are zeros); None: all.
+        """
         pictures, drawings = self.embed_pictures(batch.images), self.embed_codes(codes[:, :-1])
         tables = [pictures.flatten(0, 1), drawings.flatten(0, 1)]
-        return self.janus.model.language_model(
+        hidden = self.janus.model.language_model(
             inputs_embeds=self.embed_packed(tables, self.janus.get_input_embeddings(), batch).unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             # Llama passes on a mask of four dimensions, else it builds one [T, T]; with a plan it isn't read.
             attention_mask=batch.position_ids.new_zeros(1, 1, 1, 1),
             plan=batch.plan,
+            rows=read,
             use_cache=False,
         ).last_hidden_state[0]
+        return spread(hidden, read, batch.tokens)
 
     def flops(self, batch: JanusBatch) -> dict[str, Flops]:
         """What the pass over a batch costs, by part."""

@@ -28,6 +28,7 @@ from unimrg.families.openuni.config import DCAEConfig, OpenUniConfig
 from unimrg.families.openuni.connector import Connector
 from unimrg.families.openuni.flops import Sizes, count
 from unimrg.families.openuni.processor import OpenUniBatch, OpenUniProcessor
+from unimrg.families.reading import read_rows_of, spread
 from unimrg.flops import Flops
 from unimrg.losses import TaskLoss
 from unimrg.sample import IMAGE_TASKS, Task
@@ -75,6 +76,7 @@ class OpenUni(Family):
         self.lmm = InternVLForConditionalGeneration._from_config(
             config.lmm, attn_implementation=IMPLEMENTATION
         )
+        read_rows_of(self.lmm.model.language_model.layers[-1], ["self_attn.o_proj"])
         width = config.text.hidden_size
         self.meta_queries = nn.Parameter(torch.randn(config.num_queries, width) * width**-0.5)
         self.connector = Connector(config.connector)
@@ -94,7 +96,8 @@ class OpenUni(Family):
 
     def forward(self, batch: OpenUniBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
-        hidden = self.states(batch, self.embed_pictures(batch.images))
+        read = torch.cat([batch.label_index, batch.query_index])
+        hidden = self.states(batch, self.embed_pictures(batch.images), read)
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.lmm.lm_head, batch)
@@ -105,20 +108,23 @@ class OpenUni(Family):
             losses |= self.image_losses(terms, batch.target_task, batch.target_weight, batch)
         return losses
 
-    def states(self, batch: OpenUniBatch, pictures: Tensor) -> Tensor:
+    def states(self, batch: OpenUniBatch, pictures: Tensor, read: Tensor | None = None) -> Tensor:
         """One pass of the language model over every packed token: [T, H] after the final norm.
 
-        pictures: [I, P, H], the embeddings of the batch's pictures.
+        pictures: [I, P, H], the embeddings of the batch's pictures. read: int64, the packed positions whose
+        states matter, each once (the others' are zeros); None: all.
         """
         tables = [pictures.flatten(0, 1), self.meta_queries]
         embeds = self.embed_packed(tables, self.lmm.get_input_embeddings(), batch)
-        return self.lmm.model.language_model(
+        hidden = self.lmm.model.language_model(
             inputs_embeds=embeds.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             attention_mask=NO_MASK,
             plan=batch.plan,
+            rows=read,
             use_cache=False,
         ).last_hidden_state[0]
+        return spread(hidden, read, batch.tokens)
 
     def conditions(self, hidden: Tensor, batch: OpenUniBatch) -> Tensor:
         """What SANA is told about every target: [G, Q, caption channels]."""

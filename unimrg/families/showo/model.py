@@ -20,6 +20,7 @@ from transformers import CLIPVisionModel, PhiForCausalLM
 
 from unimrg.attention import IMPLEMENTATION
 from unimrg.families.base import PROMPT, DrawOptions, Family
+from unimrg.families.reading import read_rows_of, spread
 from unimrg.families.showo import generate
 from unimrg.families.showo.config import ShowoConfig
 from unimrg.families.showo.flops import Sizes, count
@@ -50,6 +51,8 @@ class Showo(Family):
         super().__init__(config)
         self.magvit = Magvit(config.magvit)
         self.showo = PhiForCausalLM._from_config(config.llm, attn_implementation=IMPLEMENTATION)
+        # Its MLP stands beside attention, not behind it.
+        read_rows_of(self.showo.model.layers[-1], ["self_attn.dense", "mlp"])
         if config.clip is not None:
             width, hidden = config.clip.hidden_size, config.llm.hidden_size
             self.clip = CLIPVisionModel._from_config(config.clip)
@@ -69,7 +72,7 @@ class Showo(Family):
         Show-o).
         """
         codes = self.target_codes(batch)
-        hidden = self.hidden(batch, codes)
+        hidden = self.hidden(batch, codes, torch.cat([batch.label_index, batch.loss_index]))
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.showo.lm_head, batch)
@@ -83,10 +86,14 @@ class Showo(Family):
         """Codes int64 [G, N] of the pictures to draw."""
         return self.codes_of(batch, batch.target_source)[:, : self.config.target_tokens]
 
-    def hidden(self, batch: ShowoBatch, codes: Tensor) -> Tensor:
-        """[T, H] after the final norm. codes: int64 [G, N], of which the batch's masked ones are hidden."""
+    def hidden(self, batch: ShowoBatch, codes: Tensor, read: Tensor | None = None) -> Tensor:
+        """[T, H] after the final norm. codes: int64 [G, N], of which the batch's masked ones are hidden.
+
+        read: int64, the packed positions whose states matter, each once (the others' are zeros); None: all.
+        """
         embeds = self.embed(batch, codes).unsqueeze(0)
-        return self.run(embeds, batch.position_ids.unsqueeze(0), plan=batch.plan)[0]
+        positions = batch.position_ids.unsqueeze(0)
+        return spread(self.run(embeds, positions, batch.plan, rows=read)[0], read, batch.tokens)
 
     def embed(self, batch: ShowoBatch, codes: Tensor) -> Tensor:
         """[T, H]: what enters the language model."""
@@ -101,12 +108,13 @@ class Showo(Family):
         positions: Tensor,
         plan: Plan | None = None,
         mask: Tensor | None = None,
+        rows: Tensor | None = None,
         **cache: Any,
     ) -> Tensor:
         """The language model's states after the final norm, [B, T, H].
 
         embeds: [B, T, H]. positions: int64 [B, T]. Give either a plan (B = 1), or a mask: bool
-        [B, 1, T, keys], True where a token may look.
+        [B, 1, T, keys], True where a token may look. rows: only these are returned, [1, rows, H]; None: all.
         """
         if mask is None:  # a mask that looks complete keeps the library from building one of its own
             mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
@@ -115,6 +123,7 @@ class Showo(Family):
             position_ids=positions,
             attention_mask=mask,
             plan=plan,
+            rows=rows,
             use_cache=len(cache) > 0,
             **cache,
         ).last_hidden_state
