@@ -15,8 +15,9 @@ to hand a gradient on, which is too much by a part of one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -48,15 +49,19 @@ def trained(*what: nn.Module | nn.Parameter) -> bool:
     )
 
 
-def layers(module: nn.Module, rows: float, reached: bool = False) -> Flops:
+def layers(
+    module: nn.Module, rows: float, reached: bool = False, fewer: Mapping[str, float] = MappingProxyType({})
+) -> Flops:
     """Linear layers and convolutions in `module`, each making `rows` rows (of a picture: cells).
 
     reached: whether a gradient passes to the input of the first; behind a layer that is trained one does.
+    fewer: beginnings of the names of layers that make another number of rows, and that number.
     """
     flops = Flops()
-    for layer in module.modules():
+    for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            forward = 2 * _weights(layer) * rows
+            made = next((number for part, number in fewer.items() if name.startswith(part)), rows)
+            forward = 2 * _weights(layer) * made
             flops += Flops(forward, forward * (layer.weight.requires_grad + reached))
             reached = reached or trained(layer)
     return flops
@@ -76,15 +81,26 @@ def attention(pairs: float, width: int, reached: bool = False) -> Flops:
 
 
 def transformer(
-    blocks: Iterable[nn.Module], rows: float, pairs: float, width: int, reached: bool = False
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    rows: float,
+    pairs: float,
+    width: int,
+    reached: bool = False,
+    last: Mapping[str, float] = MappingProxyType({}),
 ) -> Flops:
-    """Blocks of linear layers over `rows` rows and of attention among them."""
+    """Blocks of linear layers over `rows` rows and attention among them. last: `fewer` of the last block."""
     flops = Flops()
-    for block in blocks:
+    for number, block in enumerate(blocks):
         inside = reached or trained(block)
-        flops += layers(block, rows, reached) + attention(pairs, width, inside)
+        fewer = last if number + 1 == len(blocks) else {}
+        flops += layers(block, rows, reached, fewer) + attention(pairs, width, inside)
         reached = inside
     return flops
+
+
+def narrowed(rows: int | None, projection: str = "self_attn.o_proj") -> dict[str, float]:
+    """`last` of a language model whose last block makes so many rows behind attention; None: all."""
+    return {} if rows is None else {projection: float(rows), "mlp": float(rows)}
 
 
 def heads_width(config: Any) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from unimrg.families.harmon.process import TRAIN_STEPS
 from unimrg.families.harmon.processor import HarmonBatch
-from unimrg.flops import Flops, heads_width, layers, picture_encoder, trained, transformer
+from unimrg.flops import Flops, heads_width, layers, narrowed, picture_encoder, trained, transformer
 
 if TYPE_CHECKING:
     from unimrg.families.harmon.model import Harmon
@@ -21,6 +21,7 @@ class Sizes:
     encoded: pictures through the autoencoder. conditions: pictures that MAR reads whole. visible: cells that
     MAR reads, of every target. tokens, pairs: of the language model. answers: predicted text tokens.
     projected: condition vectors that enter the head; noisy: its rows; timed: rows of its time embedding.
+    last_rows: that the last block of the language model makes behind attention; None: all.
     """
 
     encoded: int
@@ -32,6 +33,7 @@ class Sizes:
     projected: int
     noisy: int
     timed: int
+    last_rows: int | None = None
 
     @classmethod
     def of(cls, batch: HarmonBatch, draws: int) -> Sizes:
@@ -47,6 +49,7 @@ class Sizes:
             projected=cells,
             noisy=cells * draws,
             timed=min(cells * draws, TRAIN_STEPS),
+            last_rows=len(batch.label_index) + len(batch.hidden_index),
         )
 
 
@@ -63,13 +66,14 @@ def count(model: Harmon, sizes: Sizes) -> dict[str, Flops]:
     filled = read or trained(model.proj_out, mar.decoder_embed, mar.mask_token, mar.decoder_pos_embed_learned)
     decoded = filled or trained(mar.decoder_blocks, mar.decoder_norm, mar.diffusion_pos_embed_learned)
     visible = sum(runs[sizes.conditions :])
+    last = narrowed(sizes.last_rows)
     return {
         "vae": autoencoder(model, sizes.encoded),
         "mar_encoder": layers(mar.z_proj, sum(runs) - mar.config.buffer_size * len(runs))
         + transformer(mar.encoder_blocks, sum(runs), _squares(runs), mar.config.encoder_width, entered),
         "proj_in": layers(model.proj_in, sum(runs), encoded),
         "llm": transformer(
-            llm.model.layers, sizes.tokens, sizes.pairs, heads_width(model.config.llm), embedded
+            llm.model.layers, sizes.tokens, sizes.pairs, heads_width(model.config.llm), embedded, last
         ),
         "lm_head": layers(llm.lm_head, sizes.answers, read),
         "proj_out": layers(model.proj_out, visible, read),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unimrg.families.janus.processor import JanusBatch
-from unimrg.flops import Flops, heads_width, layers, picture_encoder, trained, transformer
+from unimrg.flops import Flops, heads_width, layers, narrowed, picture_encoder, trained, transformer
 
 if TYPE_CHECKING:
     from unimrg.families.janus.model import Janus
@@ -19,6 +19,7 @@ class Sizes:
 
     encoded: pictures through the frozen tokenizer. seen: pictures through SigLIP. drawn: targets.
     tokens, pairs: of the language model. answers, codes: predicted text tokens and picture codes.
+    last_rows: that the last block of the language model makes behind attention; None: all.
     """
 
     encoded: int
@@ -28,6 +29,7 @@ class Sizes:
     pairs: int
     answers: int
     codes: int
+    last_rows: int | None = None
 
     @classmethod
     def of(cls, batch: JanusBatch) -> Sizes:
@@ -40,6 +42,7 @@ class Sizes:
             pairs=batch.plan.attended_pairs,
             answers=len(batch.label_index),
             codes=len(batch.code_index),
+            last_rows=len(batch.label_index) + len(batch.code_index),
         )
 
 
@@ -59,6 +62,7 @@ def count(model: Janus, sizes: Sizes) -> dict[str, Flops]:
     )
     read = embedded or trained(whole.language_model)
     width = heads_width(config.janus.text_config)
+    last = narrowed(sizes.last_rows)
     return {
         "vq": tokenizer(model) * sizes.encoded,
         "vision": layers(vision.embeddings, rows)
@@ -67,7 +71,7 @@ def count(model: Janus, sizes: Sizes) -> dict[str, Flops]:
         ),
         "aligner": layers(whole.aligner, rows, looked),
         "generation_aligner": layers(whole.generation_aligner, drawn, trained(whole.generation_embeddings)),
-        "llm": transformer(whole.language_model.layers, sizes.tokens, sizes.pairs, width, embedded),
+        "llm": transformer(whole.language_model.layers, sizes.tokens, sizes.pairs, width, embedded, last),
         "lm_head": layers(model.janus.lm_head, sizes.answers, read),
         "generation_head": layers(whole.generation_head, sizes.codes, read),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from unimrg.families.openuni.processor import OpenUniBatch
-from unimrg.flops import Flops, attention, heads_width, layers, trained, transformer
+from unimrg.flops import Flops, attention, heads_width, layers, narrowed, trained, transformer
 
 if TYPE_CHECKING:
     from unimrg.families.openuni.model import OpenUni
@@ -21,6 +21,7 @@ class Sizes:
 
     encoded: pictures through the autoencoder. seen: pictures through the vision tower. drawn: targets.
     tokens, pairs: of the language model. predicted: rows of the output layer.
+    last_rows: that the last block of the language model makes behind attention; None: all.
     """
 
     encoded: int
@@ -29,6 +30,7 @@ class Sizes:
     tokens: int
     pairs: int
     predicted: int
+    last_rows: int | None = None
 
     @classmethod
     def of(cls, batch: OpenUniBatch) -> Sizes:
@@ -40,6 +42,7 @@ class Sizes:
             tokens=batch.tokens,
             pairs=batch.plan.attended_pairs,
             predicted=len(batch.label_index),
+            last_rows=len(batch.label_index) + len(batch.query_index),
         )
 
 
@@ -53,11 +56,12 @@ def count(model: OpenUni, sizes: Sizes) -> dict[str, Flops]:
     read = embedded or trained(lmm.model.language_model)
     connected = read or trained(model.connector)
     width = heads_width(config.text)
+    last = narrowed(sizes.last_rows)
     return {
         "vae": autoencoder(model) * sizes.encoded,
         "vision": _vision(model, sizes.seen),
         "mlp1": layers(mlp1, config.picture_tokens * sizes.seen, seen or trained(mlp1.layer_norm)),
-        "llm": transformer(lmm.model.language_model.layers, sizes.tokens, sizes.pairs, width, embedded),
+        "llm": transformer(lmm.model.language_model.layers, sizes.tokens, sizes.pairs, width, embedded, last),
         "lm_head": layers(lmm.lm_head, sizes.predicted, read),
         "connector": transformer(
             model.connector.layers, asked, asked * queries, config.connector.width, read

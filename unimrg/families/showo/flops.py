@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unimrg.families.showo.processor import ShowoBatch
-from unimrg.flops import Flops, heads_width, layers, picture_encoder, trained, transformer
+from unimrg.flops import Flops, heads_width, layers, narrowed, picture_encoder, trained, transformer
 
 if TYPE_CHECKING:
     from unimrg.families.showo.model import Showo
@@ -18,6 +18,7 @@ class Sizes:
 
     drawn, read: pictures through the image tokenizer, in full size and as they are read. seen: pictures
     through CLIP. tokens, pairs: of the language model. predicted: rows of the output layer.
+    last_rows: that the last block of the language model makes behind attention; None: all.
     """
 
     drawn: int
@@ -26,6 +27,7 @@ class Sizes:
     tokens: int
     pairs: int
     predicted: int
+    last_rows: int | None = None
 
     @classmethod
     def of(cls, batch: ShowoBatch) -> Sizes:
@@ -38,6 +40,7 @@ class Sizes:
             tokens=batch.tokens,
             pairs=batch.plan.attended_pairs,
             predicted=len(batch.label_index) + len(batch.loss_index),
+            last_rows=len(batch.label_index) + len(batch.loss_index),
         )
 
 
@@ -54,8 +57,9 @@ def count(model: Showo, sizes: Sizes) -> dict[str, Flops]:
         parts["projector"] = layers(model.mm_projector, config.source_tokens * sizes.seen)
         embedded = embedded or trained(model.mm_projector)
     width = heads_width(config.llm)
+    last = narrowed(sizes.last_rows, "self_attn.dense")
     return parts | {
-        "llm": transformer(llm.model.layers, sizes.tokens, sizes.pairs, width, embedded),
+        "llm": transformer(llm.model.layers, sizes.tokens, sizes.pairs, width, embedded, last),
         "lm_head": layers(llm.lm_head, sizes.predicted, embedded or trained(llm.model)),
     }
 
