@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,13 +31,13 @@ from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
 from unimrg.checkpoint import Progress, Saver, latest_checkpoint, restore
-from unimrg.config import EngineConfig, LoraConfig, TrainConfig, WeightsConfig
-from unimrg.engine import DeepSpeedEngine, Engine, gather, make_engine, world
+from unimrg.config import EngineConfig, FamilyConfig, LoraConfig, TrainConfig, WeightsConfig
+from unimrg.engine import DeepSpeedEngine, Engine, TorchEngine, gather, make_engine, world
 from unimrg.errors import DataError
-from unimrg.families import vocabulary
+from unimrg.families import load_family, vocabulary
 from unimrg.families.base import Family, Processor
 from unimrg.families.harmon.processor import HarmonProcessor
-from unimrg.loop import StepOutput, fit, global_counts
+from unimrg.loop import StepOutput, fit, global_counts, train_step
 from unimrg.lora import adapt, merged
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
@@ -226,6 +229,70 @@ def poisoned(engine: str, step: int = 2) -> dict[str, Any]:
     made.forward = spoiled  # type: ignore[method-assign]
     fit(made, batches(processor, 0, 4, 1), WEIGHTS.by_task(), 4, observe=observe)
     return {"steps": [plain(output) for output in seen], "weights": weights, "updates": made.updates()}
+
+
+def pace(engine: str, steps: int = 6) -> dict[str, Any]:
+    """Wall seconds per sample of whole optimiser steps of the tiny Harmon, as many samples on every rank."""
+    module, family = load_family("harmon"), FamilyConfig()
+    model, words = module.build(family, seed=0)
+    model.freeze([], WEIGHTS.active())
+    train = train_config(steps + 2)
+    ready = module.processor(model, words, train, WEIGHTS.active(), 0)(
+        [random_sample(np.random.default_rng(n), module.image_size(family), n) for n in range(4)]
+    )
+    made = make_engine(model.train(), train, engine_config(engine), CPU)
+    took = []
+    for _ in range(steps + 2):
+        gather([0.0])
+        started = time.perf_counter()
+        train_step(made, [ready], WEIGHTS.by_task())
+        took.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(took[2:]) / (4 * world()[1])}
+
+
+COLLECTIVES = "all_reduce reduce reduce_scatter_tensor all_gather_into_tensor broadcast all_gather"
+HANDED: Counter[str] = Counter()
+"""Bytes handed to each collective, of the larger of what goes in and comes out."""
+
+
+def count_collectives() -> None:
+    """Have torch's collectives count; before DeepSpeed is imported, which keeps some of them."""
+
+    def counting(name: str, whole: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            given = (*arguments, *named.values())
+            sizes = [x.nbytes for x in given if isinstance(x, torch.Tensor)]
+            HANDED[name] += max(sizes + [sum(t.nbytes for t in x) for x in given if isinstance(x, list)])
+            return whole(*arguments, **named)
+
+        return call
+
+    for name in COLLECTIVES.split():
+        setattr(dist, name, counting(name, getattr(dist, name)))
+
+
+def traffic(engine: str) -> dict[str, Any]:
+    """Bytes that one optimiser step of the micro model hands to each collective."""
+    if not HANDED:
+        count_collectives()
+    made, processor = make(engine, train_config(3))
+    if isinstance(made, TorchEngine) and made._parallel:
+        made._parallel.register_comm_hook(None, _count_bucket)
+    ready = list(batches(processor, 0, 3, 1))
+    for step in ready[:2]:
+        train_step(made, step, WEIGHTS.by_task())
+    HANDED.clear()
+    train_step(made, ready[2], WEIGHTS.by_task())
+    found = {name: size for name, size in HANDED.items() if size > 1000}
+    trained = [p for p in made.model.parameters() if p.requires_grad]
+    return {"bytes": found, "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained)}
+
+
+def _count_bucket(state: Any, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations
+    """What DistributedDataParallel does by default, counted."""
+    HANDED["all_reduce"] += bucket.buffer().nbytes
+    work = dist.distributed_c10d._get_default_group().allreduce([bucket.buffer().div_(world()[1])])
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def decay(engine: str) -> dict[str, Any]:
