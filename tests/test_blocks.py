@@ -54,7 +54,7 @@ def test_recomputing_changes_nothing(name: str) -> None:
     names, want = list(model.state_dict()), outcome(model, batch)
     assert not torch.equal(outcome(model, batch, seed=1)["loss"], want["loss"])
     for policy in (*POLICIES, "none"):
-        model.recompute(policy)
+        model.prepare_blocks(policy)
         assert list(model.state_dict()) == names
         got = outcome(model, batch)
         assert got.keys() == want.keys()
@@ -74,7 +74,7 @@ def test_which_blocks_run_again(name: str) -> None:
     total(model, batch).backward()
     once = dict(runs)
     for policy in POLICIES:
-        model.recompute(policy)
+        model.prepare_blocks(policy)
         runs.clear()
         total(model, batch).backward()
         for key, number in once.items():
@@ -103,7 +103,7 @@ def test_transformers_own_switch_is_the_same() -> None:
 def test_copies_are_on_their_own() -> None:
     """A copied model recomputes its own blocks, not those of its original."""
     model, batch = fresh_model("harmon").train(), batch_of("harmon", from_codes=True)
-    model.recompute("full")
+    model.prepare_blocks("full")
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,7 +164,7 @@ def test_the_estimate_is_right_within_a_factor_of_one_and_a_half(name: str) -> N
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     found = {}
     for policy in POLICIES:
-        model.recompute(policy)
+        model.prepare_blocks(policy)
         model.zero_grad()
         with Tally() as tally:
             loss = total(model, batch)

@@ -42,7 +42,7 @@ def read_everything(name: str, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_changes(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = fresh_model(name).train(), batch_of(name, from_codes=True)
-    model.recompute(policy)
+    model.prepare_blocks(policy)
     got = outcome(model, batch)
     read_everything(name, monkeypatch)
     want = outcome(model, batch)

@@ -162,7 +162,7 @@ def test_a_step_neither_reads_values_nor_moves_them(
     batch = batch_of(name, from_codes)
     model, there = without_values(name, batch), batch.to(META)
     if from_codes:
-        model.recompute("full")
+        model.prepare_blocks("full")
         monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 2000)
     train(model, there)  # the first step fills tables that stay on the device
     with NoTraffic():
@@ -211,7 +211,7 @@ def test_cuda_sees_no_synchronisation(name: str, from_codes: bool) -> None:
     device = torch.device("cuda", 0)
     batch = batch_of(name, from_codes)
     model = fresh_model(name).train().to(device)
-    model.recompute("full" if from_codes else "none")
+    model.prepare_blocks("full" if from_codes else "none")
     with torch.autocast("cuda", torch.bfloat16):
         train(model, batch.to(device))
         torch.cuda.synchronize()

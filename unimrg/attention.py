@@ -220,6 +220,7 @@ def flash_function(capability: int) -> Callable[..., Any]:
     raise failure
 
 
+@torch.compiler.disable  # a compiled block would be compiled again for every other plan
 def _transformers_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -433,6 +433,10 @@ class EngineConfig:
         "flash_attn (the package), varlen (torch's own FlashAttention), flex, sdpa, or auto: on GPUs the "
         "first of these that works there in bfloat16, elsewhere sdpa",
     )
+    compile: str = knob(
+        "auto",
+        "by torch.compile: blocks, none, or auto: blocks on GPUs, but for zero_stage 3; begins with minutes",
+    )
     threads: int = knob(0, "of torch, per worker; 0 = torch's choice")
     peak_tflops: float = knob(
         0.0, "of a worker's device at best, dense, of which MFU is a share; 0 = by the device's name"
@@ -451,6 +455,11 @@ class EngineConfig:
         require("engine.zero_stage", self.zero_stage, 1, 3)
         if self.offload and self.name != "deepspeed":
             raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")
+        require_choice("engine.compile", self.compile, ("auto", "blocks", "none"))
+        if self.compile == "blocks" and self.name == "deepspeed" and self.zero_stage == 3:
+            raise ConfigError(
+                "engine.compile is `blocks`, but engine.zero_stage 3 acts inside of them; set it to none"
+            )
         require("engine.threads", self.threads, 0)
         require("engine.peak_tflops", self.peak_tflops, 0)
 

@@ -8,6 +8,7 @@ over the global batch. DeepSpeed is imported when its engine is made.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import warnings
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from unimrg.backends import choose_attention
 from unimrg.config import EngineConfig, TrainConfig
-from unimrg.errors import MissingExtraError
+from unimrg.errors import ConfigError, MissingExtraError
 from unimrg.families.base import Family
+from unimrg.families.blocks import lacks_compiler
 from unimrg.losses import TaskLoss
 from unimrg.memory import choose_recompute, free_bytes
 from unimrg.packing import Batch
@@ -39,6 +41,8 @@ from unimrg.pieces import (
 )
 from unimrg.sample import Task
 from unimrg.schedule import cosine_with_warmup
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -113,7 +117,7 @@ def choose_precision(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 def make_engine(model: Family, train: TrainConfig, config: EngineConfig, device: torch.device) -> Engine:
     """The engine that the config names, around `model` moved to `device`."""
-    model.recompute(_recompute(model, train, config, device))
+    model.prepare_blocks(_recompute(model, train, config, device), _compiles(config, device))
     kind = TorchEngine if config.name == "torch" else DeepSpeedEngine
     return kind(model, train, config, device)
 
@@ -125,6 +129,22 @@ def _recompute(model: Family, train: TrainConfig, config: EngineConfig, device: 
     ranks = world()[1]
     free = min(row[0] for row in gather([free_bytes(device, model, ranks)]))
     return choose_recompute(model, train, config, choose_precision(config, device).itemsize, ranks, free)
+
+
+def _compiles(config: EngineConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as the config says, or on GPUs with a compiler within reach.
+
+    Raises ConfigError where they are to be and can't.
+    """
+    sharded = config.name == "deepspeed" and config.zero_stage == 3  # which acts between all layers
+    if config.compile == "none" or (config.compile == "auto" and (sharded or device.type != "cuda")):
+        return False
+    lacking = lacks_compiler(device)
+    if lacking and config.compile == "blocks":
+        raise ConfigError(f"engine.compile is `blocks`, but {lacking} is missing; install it, or set none")
+    if lacking:
+        log.warning("blocks run uncompiled, for want of %s", lacking)
+    return not lacking
 
 
 class _Schedule:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unimrg.errors import ConfigError
-from unimrg.families.blocks import recompute
+from unimrg.families.blocks import prepare
 from unimrg.families.encoder import grey
 from unimrg.families.rows import PackedBatch
 from unimrg.families.vocabulary import token_losses
@@ -146,14 +146,17 @@ class Family(PreTrainedModel):
         Upper bounds; a drawing's prompt is taken to be `PROMPT` tokens long.
         """
 
-    def recompute(self, policy: str) -> None:
-        """Compute the activations of some blocks again in the backward pass: one of `blocks.POLICIES`."""
+    def prepare_blocks(self, recompute: str, compiled: bool = False) -> None:
+        """How blocks run from now on.
+
+        recompute: of `blocks.POLICIES`, whose activations are computed again in the backward pass.
+        """
         for members in self.blocks().values():
-            recompute(members, policy)
+            prepare(members, recompute, compiled)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """What transformers' own methods for the same call."""
-        self.recompute("full" if enable else "none")
+        self.prepare_blocks("full" if enable else "none")
 
     # -- frozen codes ----------------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
-"""A model's blocks: those that keep what their backward pass needs, and those that compute it again.
+"""How a model's blocks run: keeping what their backward pass needs or computing it again, compiled or not.
 
 A block that is recomputed keeps its input alone and runs a second time in the backward pass (arXiv
-1604.06174): its share of the forward pass, a quarter of a step, for nearly all of its memory.
+1604.06174): its share of the forward pass, a third of a step, for nearly all of its memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,20 +17,37 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from unimrg.families.reading import ReadsRows
+
 POLICIES = ("none", "selective", "full")
 """Which blocks are recomputed: none, every second one, all of them."""
 
 
-def recompute(blocks: Sequence[nn.Module], policy: str) -> None:
+def prepare(blocks: Sequence[nn.Module], policy: str, compiled: bool) -> None:
     """Recompute of `blocks`, which run one after the other, those that `policy` (of `POLICIES`) names.
 
-    Names in the state dict stay, and so do hooks: of a block's own calls outside, of its parts' calls inside,
-    where they run again.
+    compiled: by torch.compile, once for all lengths; attention stays outside, and so does a block that can be
+    told which rows to return. Names in the state dict stay, and so do hooks: of a block's own calls outside,
+    of its parts' calls inside, where they run again.
     """
     for number, block in enumerate(blocks):
         vars(block).pop("forward", None)
+        forward = block.forward
+        if compiled and not isinstance(block, ReadsRows):
+            forward = torch.compile(forward, dynamic=True)
         if recomputed(number, policy):
-            vars(block)["forward"] = partial(_twice, block.forward)
+            forward = partial(_twice, forward)
+        if forward != block.forward:
+            vars(block)["forward"] = forward
+
+
+def lacks_compiler(device: torch.device) -> str:
+    """What torch.compile would need here and doesn't find, or ""."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    names = ("g++", "clang++") if device.type == "cpu" else ("gcc", "cc", "clang")
+    given = os.environ.get("CXX" if device.type == "cpu" else "CC")
+    return "" if given or any(map(shutil.which, names)) else f"a C compiler ({' or '.join(names)})"
 
 
 def recomputed(number: int, policy: str) -> bool:

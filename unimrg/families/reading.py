@@ -23,10 +23,10 @@ def read_rows_of(layer: nn.Module, behind: Sequence[str]) -> None:
     all rows otherwise, though nothing but their own row matters to each.
     """
     kind = type(layer)
-    layer.__class__ = type(kind.__name__, (_ReadsRows, kind), {"behind": tuple(behind)})
+    layer.__class__ = type(kind.__name__, (ReadsRows, kind), {"behind": tuple(behind)})
 
 
-class _ReadsRows(nn.Module):
+class ReadsRows(nn.Module):
     """In front of a decoder layer's own class."""
 
     behind: tuple[str, ...]

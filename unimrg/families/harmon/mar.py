@@ -63,6 +63,12 @@ def repeat_rows(x_Bx: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([row.expand(length, *row.shape) for row, length in pairs])
 
 
+@torch.compiler.disable
+def _uncompiled(attend: Attend, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Outside of compiled blocks, which would be compiled again for other lengths."""
+    return attend(q, k, v, dropout_p)
+
+
 class Attention(nn.Module):
     """Multi-head attention with a fused projection; who attends to whom is up to `attend`."""
 
@@ -76,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        out = attend(q, k, v, self.attn_dropout if self.training else 0.0)
+        out = _uncompiled(attend, q, k, v, self.attn_dropout if self.training else 0.0)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
 
