@@ -22,9 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.engine_runs import coded
 from tests.families import NAMES, SIDE, fresh_model, processor, shared_model
 from tests.tiny_harmon import random_sample
+from unimrg.config import EngineConfig, TrainConfig
+from unimrg.engine import make_engine
 from unimrg.families import vocabulary
 from unimrg.families.base import Family
 from unimrg.families.rows import PackedBatch
+from unimrg.loop import train_step
 from unimrg.losses import combine
 from unimrg.sample import Task
 
@@ -168,6 +171,19 @@ def test_a_step_neither_reads_values_nor_moves_them(
     with NoTraffic():
         train(model, there)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_neither_does_the_update(without_values: Callable[[str, PackedBatch], Family]) -> None:
+    """`train_step` as a whole, with the engine's clipping and optimiser, over two micro-batches."""
+    batch = batch_of("harmon", from_codes=True)
+    model = without_values("harmon", batch)
+    config = EngineConfig(name="torch", precision="float32", activation_checkpointing="none")
+    engine = make_engine(model, TrainConfig(steps=2), config, META)
+    batches = [batch.to(META), batch.to(META)]
+    train_step(engine, batches, dict.fromkeys(Task, 1.0))
+    with NoTraffic():
+        sums, norm, _ = train_step(engine, batches, dict.fromkeys(Task, 1.0))
+    assert isinstance(norm, Tensor) and {norm.device, *(loss.device for loss in sums.values())} == {META}
 
 
 @pytest.mark.parametrize(
