@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.bench.step import build
 from tests.families import NAMES, fresh_model
 from tests.memory import Tally
 from tests.test_frozen import with_dropout
 from tests.test_sync import batch_of
 from tests.tiny_harmon import random_sample
-from unimrg.config import EngineConfig, TrainConfig
+from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
 from unimrg.errors import ConfigError
 from unimrg.families import load_family
 from unimrg.families.base import Family
@@ -127,10 +126,11 @@ def held(model: Family, batch: PackedBatch) -> int:
 
 def tiny(name: str, samples: int = 2) -> tuple[Family, PackedBatch]:
     """The tiny variant, most of which is blocks, and a batch with three conversations a picture."""
-    model, tokenizer, side = build(name, "tiny")
+    module, config = load_family(name), FamilyConfig(name=name)
+    (model, tokenizer), side = module.build(config, seed=0), module.image_size(config)
     rng = np.random.default_rng(0)
     given = [random_sample(rng, side, position, conversations=3) for position in range(samples)]
-    processor = load_family(name).processor(model, tokenizer, TrainConfig(), tuple(Task), 0)
+    processor = module.processor(model, tokenizer, TrainConfig(), tuple(Task), 0)
     batch: PackedBatch = processor(given)
     return model.train(), batch
 
