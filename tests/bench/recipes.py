@@ -258,6 +258,7 @@ def harmon_cost(model: Harmon, batch: HarmonBatch, padded: Padded) -> dict[str, 
         projected=rows,
         noisy=rows,
         timed=min(rows, TRAIN_STEPS),
+        last_rows=None,
     )
     return harmon_flops.count(model, sizes)
 
@@ -277,7 +278,8 @@ def showo_loss(model: Showo, batch: ShowoBatch, padded: Padded) -> Tensor:
 
 def showo_cost(model: Showo, batch: ShowoBatch, padded: Padded) -> dict[str, Flops]:
     tokens, pairs = padded.tokens, padded.tokens * padded.length
-    sizes = replace(showo_flops.Sizes.of(batch), tokens=tokens, pairs=pairs, predicted=tokens)
+    made = showo_flops.Sizes.of(batch)
+    sizes = replace(made, tokens=tokens, pairs=pairs, predicted=tokens, last_rows=None)
     return showo_flops.count(model, sizes)
 
 
@@ -304,6 +306,7 @@ def openuni_cost(model: OpenUni, batch: OpenUniBatch, padded: Padded) -> dict[st
         tokens=padded.tokens,
         pairs=padded.causal_pairs,
         predicted=0 if len(batch.target_source) else padded.tokens,
+        last_rows=None,
     )
     return openuni_flops.count(model, sizes)
 

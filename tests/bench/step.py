@@ -107,12 +107,10 @@ def recomputing(model: Family, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    model.recompute_activations()
+    model.prepare_blocks("full")
     with set_checkpoint_early_stop(False):
         yield
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+    model.prepare_blocks("none")
 
 
 def reset_peak(device: torch.device) -> None:
