@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -30,7 +30,6 @@ from transformers.utils.logging import disable_progress_bar
 from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
-from unimrg.checkpoint import Progress, Saver, latest_checkpoint, restore
 from unimrg.config import EngineConfig, FamilyConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.engine import DeepSpeedEngine, Engine, TorchEngine, gather, make_engine, world
 from unimrg.errors import DataError
@@ -42,7 +41,9 @@ from unimrg.lora import adapt, merged
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample
-from unimrg.storage import Store
+
+if TYPE_CHECKING:
+    from unimrg.checkpoint import Progress
 
 ENGINES = ("torch", "zero1", "zero2", "zero3")
 ROOT = Path(__file__).parent.parent
@@ -339,8 +340,14 @@ def interrupted(
     return {"steps": [plain(output) for output in seen], "weights": made.weights(), "position": position}
 
 
+# Checkpoints are imported where they are used: their storage is not on a bare machine with a GPU.
+
+
 def keep(engine: Engine, folder: str, output: StepOutput) -> None:
     """A checkpoint, written and complete before training goes on."""
+    from unimrg.checkpoint import Progress, Saver
+    from unimrg.storage import Store
+
     saver = Saver(Store.at(folder))
     saver.begin(engine, Progress(output.step, output.position, world()[1], {}, updates=engine.updates()))
     saver.finish(wait=True)
@@ -348,6 +355,9 @@ def keep(engine: Engine, folder: str, output: StepOutput) -> None:
 
 def load(engine: Engine, folder: str) -> Progress:
     """From the newest checkpoint in a folder."""
+    from unimrg.checkpoint import latest_checkpoint, restore
+    from unimrg.storage import Store
+
     store = Store.at(folder)
     return restore(store, latest_checkpoint(store), engine)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tests.engine_runs import WEIGHTS, batches, make, train_config
 from unimrg.checkpoint import Progress, Saver, latest_checkpoint, restore, retire
 from unimrg.engine import Engine, world
+from unimrg.families.base import Processor
 from unimrg.loop import StepOutput, fit
 from unimrg.storage import Store
 
 STEPS = 1000
+
+
+def make_run() -> tuple[Engine, Processor]:
+    return make("torch", train_config(STEPS, ema=0.5, learning_rate=1e-3))
 
 
 def train(store: Store, rank: int, ranks: int, meeting: str, steps: int = STEPS) -> None:
@@ -21,7 +25,7 @@ def train(store: Store, rank: int, ranks: int, meeting: str, steps: int = STEPS)
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=ranks)
-    engine, processor = make("torch", train_config(STEPS, ema=0.5))
+    engine, processor = make_run()
     name = latest_checkpoint(store)
     first = restore(store, name, engine).step if name else 0
     saver = Saver(store)
@@ -36,24 +40,20 @@ def train(store: Store, rank: int, ranks: int, meeting: str, steps: int = STEPS)
     saver.finish(wait=True)
 
 
-def undisturbed(steps: int) -> list[str]:
-    """Digests of what one rank of a run holds behind every step, the one before the first included."""
-    engine, processor = make("torch", train_config(STEPS, ema=0.5))
-    found = [state_digest(engine)]
+def undisturbed(steps: int) -> list[Tensor]:
+    """What a run of one rank holds behind every step, and before the first."""
+    engine, processor = make_run()
+    found = [state_of(engine)]
     fit(
         engine,
         batches(processor, 0, steps, 1),
         WEIGHTS.by_task(),
         steps,
-        observe=lambda output: found.append(state_digest(engine)),
+        observe=lambda output: found.append(state_of(engine)),
     )
     return found
 
 
-def state_digest(engine: Engine) -> str:
-    """Of weights, moments and moving averages."""
-    digest = hashlib.sha256()
-    for piece in engine.pieces():
-        for value in piece.values.values():
-            digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
+def state_of(engine: Engine) -> Tensor:
+    """Weights, moments and moving averages, one behind the other."""
+    return torch.cat([value for piece in engine.pieces() for value in piece.values.values()])
