@@ -122,7 +122,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes since `reset_peak`: of torch's tensors on a GPU, else of the process; 0 where nobody knows."""
+    """Bytes since `reset_peak`: of torch's tensors on a GPU; else of the process, 0 where nobody knows.
+
+    A process may keep what another way has freed: run one recipe alone to learn what it needs on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
