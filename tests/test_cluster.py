@@ -165,28 +165,38 @@ def newest_worker(folder: Path) -> int:
     return int(begun[-1]["detail"]["pids"][0])
 
 
-def test_paused_and_killed_runs_end_exactly(
+def test_killed_worker_recovers_exactly(
     config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM: it saves, says how to go on, and exits with 75. The same command goes on from there.
-
-    kill -9 of a worker in mid-run: it goes on from the last checkpoint. The weights are the undisturbed ones.
-    """
+    """kill -9 of a worker in mid-run: it goes on from the last checkpoint and ends with the same weights."""
     folder = tmp_path / "outputs" / "run"
-    words = ("report.enabled=false", "train.steps=8", "train.checkpoint_every=3")
-    at_step(folder, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(config(*words)) == PAUSED == 75
-    paused = len(read_jsonl(folder / "metrics.jsonl"))
-    assert 1 <= paused < 5 and not (folder / "model").exists()
-    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{paused:08d}-w1"]
-    at_step(folder, 5, lambda: os.kill(newest_worker(folder), signal.SIGKILL))
-    assert run(config(*words)) == 0
+    at_step(folder, 3, lambda: os.kill(newest_worker(folder), signal.SIGKILL))
+    assert run(config("report.enabled=false", "train.steps=8")) == 0
     events = [e["event"] for e in read_jsonl(folder / "events.jsonl")]
-    assert events.count("resume") == 2 and events.count("pause") == 1, events
+    assert events.count("resume") == 1, events
     records = read_jsonl(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert records[-1]["restarts"] == 2 and records[-1]["checkpoint_seconds"] > 0
+    assert records[-1]["restarts"] == 1 and records[-1]["checkpoint_seconds"] > 0
     assert weights_digest(folder / "model") == weights_digest(undisturbed / "model")
+
+
+def test_a_run_that_is_told_to_end_saves_and_goes_on_later(
+    config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """SIGTERM: it saves, says how to go on, and ends with status 75. The same command goes on from there."""
+    folder = tmp_path / "outputs" / "run"
+    words = ("report.enabled=false", "train.checkpoint_every=0", "labels.mode=off")
+    at_step(folder, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(config(*words, "train.steps=1000")) == PAUSED == 75
+    paused = len(read_jsonl(folder / "metrics.jsonl"))
+    assert 1 <= paused < 1000 and not (folder / "model").exists()
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{paused:08d}-w1"]
+    assert run(config(*words, f"train.steps={paused + 3}")) == 0
+    events = read_jsonl(folder / "events.jsonl")
+    assert [e["step"] for e in events if e["event"] == "resume"] == [paused]
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, paused + 4))
+    assert [record["position"] for record in records] == [4 * record["step"] for record in records]
 
 
 def test_three_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path) -> None:
