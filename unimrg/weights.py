@@ -23,15 +23,17 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from unimrg.config import FAMILIES, FamilyConfig
 from unimrg.errors import CheckpointError, ConfigError, first_line
-from unimrg.storage import Entry, S3Config, Store
 from unimrg.zero import find_zero, merge_zero
+
+if TYPE_CHECKING:
+    from unimrg.storage import Entry, S3Config, Store
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ def check_place(key: str, text: str, s3: S3Config) -> None:
     """As `check_reachable`, for one place. key: the knob's name, for messages."""
     if hub := HubPlace.parse(text):
         _check_hub(key, hub)
-    elif (store := Store.at(text, s3)).is_local:
+    elif (store := _store(text, s3)).is_local:
         _check_local(key, text, store)
     else:
         store.check_readable()
@@ -139,7 +141,7 @@ def _places(config: FamilyConfig) -> list[tuple[str, str]]:
 
 def absolute(text: str, s3: S3Config) -> str:
     """A place as other processes, in folders of their own, understand it."""
-    return text if HubPlace.parse(text) else Store.at(text, s3).url
+    return text if HubPlace.parse(text) else _store(text, s3).url
 
 
 def fetch(key: str, text: str, s3: S3Config, only_descriptions: bool = False) -> Path:
@@ -148,11 +150,18 @@ def fetch(key: str, text: str, s3: S3Config, only_descriptions: bool = False) ->
         if only_descriptions and hub.is_file:
             return Path(text)
         return _from_hub(key, hub, only_descriptions)
-    store = Store.at(text, s3)
+    store = _store(text, s3)
     if not store.is_local:
         return _from_storage(store, s3, only_descriptions)
     _check_local(key, text, store)
     return Path(store.root)
+
+
+def _store(text: str, s3: S3Config) -> Store:
+    # Not at the top: models of local files are built where pyarrow is missing, too.
+    from unimrg.storage import Store
+
+    return Store.at(text, s3)
 
 
 def _check_local(key: str, text: str, store: Store) -> None:
@@ -188,7 +197,7 @@ def _from_storage(store: Store, s3: S3Config, only_descriptions: bool) -> Path:
 def _download(store: Store, s3: S3Config, wanted: list[Entry], is_file: bool, target: Path) -> None:
     target.parent.mkdir(parents=True)
     if is_file:
-        Store.at(store.url.rpartition("/")[0], s3).download(target.name, target.parent)
+        _store(store.url.rpartition("/")[0], s3).download(target.name, target.parent)
         return
     target.mkdir()
     for entry in wanted:

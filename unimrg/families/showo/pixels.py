@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,6 +16,8 @@ def resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
 
     Here and not on the GPU, because no other library rounds as CLIP's published preprocessing does.
     """
+    from PIL import Image  # not at the top: only models with CLIP need it
+
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
