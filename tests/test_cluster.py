@@ -199,9 +199,13 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_later(
     assert [record["position"] for record in records] == [4 * record["step"] for record in records]
 
 
-def test_three_workers_equal_one(config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_some_workers_equal_one(
+    workers: int, config: Callable[..., RunConfig], undisturbed: Path, tmp_path: Path
+) -> None:
     """The same batches and losses through the whole pipeline, also where workers can't share them equally."""
-    assert run(config("cluster.workers=3", "report.enabled=false", "train.steps=8", "engine=zero1")) == 0
+    words = (f"cluster.workers={workers}", "report.enabled=false", "train.steps=8", "engine=zero1")
+    assert run(config(*words)) == 0
     one, two = (
         read_jsonl(folder / "metrics.jsonl") for folder in (undisturbed, tmp_path / "outputs" / "run")
     )

@@ -95,6 +95,7 @@ def test_streaming_and_cached_give_the_same_batches(
     streaming.kill()
 
 
+@pytest.mark.slow
 def test_workers_that_can_t_share_a_batch_equally_get_the_same_samples(
     data: Path, undisturbed: tuple[Path, list[Step]]
 ) -> None:
