@@ -163,23 +163,24 @@ class _Worker:
         engine = self.engine
         for rollbacks in range(MAX_ROLLBACKS + 1):
             remaining = self.config.train.steps - engine.steps_done
-            batches = prefetch(self._batches(remaining)) if remaining > 0 else iter(())
             try:
-                fit(
-                    engine,
-                    self.watchdog.resting(batches),
-                    self.config.weights.by_task(),
-                    self.config.train.steps,
-                    observe=self._observe,
-                    save=self._save,
-                    save_every=self.config.train.checkpoint_every,
-                    stop=lambda: self._verdict().stop,
-                    pause=lambda: self._verdict().pause,
-                    health=Health(self.config.train),
-                )
+                with contextlib.closing(
+                    prefetch(self._batches(remaining) if remaining > 0 else ())
+                ) as batches:
+                    fit(
+                        engine,
+                        self.watchdog.resting(batches),
+                        self.config.weights.by_task(),
+                        self.config.train.steps,
+                        observe=self._observe,
+                        save=self._save,
+                        save_every=self.config.train.checkpoint_every,
+                        stop=lambda: self._verdict().stop,
+                        pause=lambda: self._verdict().pause,
+                        health=Health(self.config.train),
+                    )
                 return
             except LossSpike as spike:
-                batches.close()  # type: ignore[attr-defined]
                 self._go_back(spike, rollbacks)
 
     # -- data ------------------------------------------------------------------------------------------------

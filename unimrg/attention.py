@@ -59,9 +59,8 @@ def plan_attention(
         raise ValueError(f"plan of {plan.length} tokens doesn't fit queries of shape {tuple(query.shape)}")
     kind, width = query.device.type, query.shape[3]
     scale = width**-0.5 if scale is None else scale
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
-        kind
-    ):  # which knows torch's SDPA, but no other kernel
+    # Autocast knows torch's SDPA, but no other kernel.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     missing = -width % MULTIPLES.get(plan.attention, 1)
     if missing:

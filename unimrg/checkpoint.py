@@ -17,7 +17,6 @@ import hashlib
 import json
 import random
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -96,7 +95,6 @@ class Saver:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.blocked = 0.0
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -105,7 +103,6 @@ class Saver:
     def begin(self, engine: Engine, progress: Progress) -> None:
         """Start to write what the engine holds now. Raises as `finish` does, for the checkpoint before."""
         self.finish(wait=True)
-        started = time.perf_counter()
         rank, ranks = world()
         pieces = engine.pieces()
         mine = share(pieces, rank, ranks) if engine.replicated else pieces
@@ -119,7 +116,6 @@ class Saver:
             target=self._write, args=(name, rank, tensors, progress), name="checkpoint", daemon=True
         )
         self._thread.start()
-        self.blocked = time.perf_counter() - started
 
     def finish(self, wait: bool = False) -> Progress | None:
         """The checkpoint that exists since this call, or None: there is none to wait for, or not yet.
@@ -336,38 +332,35 @@ def _read_head(store: Store, path: str) -> bytes:
 
 def _fill(store: Store, pieces: Sequence[Piece], index: Mapping[Key, Stored]) -> None:
     """Write stored values into the pieces. Raises CheckpointError unless exactly they are stored."""
-    names = {parameter for kind, _, parameter in index if kind == WEIGHT}
-    wanted: dict[tuple[str, str], list[Piece]] = defaultdict(list)
-    averaged = any(kind == AVERAGE for kind, _, _ in index)
+    kinds = {kind for kind, _, _ in index}
+    names = {name for kind, _, name in index if kind == WEIGHT}
+    # By what they are stored as: the pieces, and the tensors in them to be filled.
+    wanted: dict[tuple[str, str], list[tuple[Piece, Tensor]]] = defaultdict(list)
     for piece in pieces:
         if piece.name not in names:
             raise CheckpointError(
                 f"{piece.name} is trained now but is not in the checkpoint; set family.freeze, family.lora "
                 "and weights back, or start a new run under another name"
             )
-        for kind in piece.values:
+        for kind, value in piece.values.items():
             # A moving average that begins now begins with the weights.
-            wanted[kind if averaged or kind != AVERAGE else WEIGHT, piece.name].append(piece)
+            stored_as = WEIGHT if kind == AVERAGE and AVERAGE not in kinds else kind
+            wanted[stored_as, piece.name].append((piece, value))
     needed = {
-        key: stored
-        for key, stored in index.items()
-        if any(_overlap(piece, key[1], stored) for piece in wanted.get((key[0], key[2]), ()))
+        (kind, start, name): stored
+        for (kind, start, name), stored in index.items()
+        if any(_overlap(piece, start, stored) for piece, _ in wanted.get((kind, name), ()))
     }
-    filled: dict[tuple[str, str, int], int] = defaultdict(int)
+    missing = {id(value): piece.length for pairs in wanted.values() for piece, value in pairs}
     for (kind, start, name), tensor in _read_tensors(store, needed):
-        for piece in {id(p): p for p in wanted[kind, name]}.values():
+        for piece, value in wanted[kind, name]:
             low, high = max(start, piece.start), min(start + len(tensor), piece.start + piece.length)
             if low < high:
-                for own in piece.values:
-                    if own == kind or (own == AVERAGE and kind == WEIGHT and not averaged):
-                        run = slice(low - piece.start, high - piece.start)
-                        piece.values[own][run].copy_(tensor[low - start : high - start])
-                filled[kind, name, piece.start] += high - low
-    for piece in pieces:
-        for kind in piece.values:
-            stored_as = kind if averaged or kind != AVERAGE else WEIGHT
-            if filled[stored_as, piece.name, piece.start] != piece.length:
-                raise CheckpointError(f"the checkpoint lacks a part of {kind} of {piece.name}; take another")
+                value[low - piece.start : high - piece.start].copy_(tensor[low - start : high - start])
+                missing[id(value)] -= high - low
+    for (kind, name), pairs in wanted.items():
+        if any(missing[id(value)] for _, value in pairs):
+            raise CheckpointError(f"the checkpoint lacks a part of {kind} of {name}; take another")
 
 
 def _overlap(piece: Piece, start: int, stored: Stored) -> bool:

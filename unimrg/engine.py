@@ -350,13 +350,15 @@ def _on_host(
 
 def _averaged(engine: Engine, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of rank 0 with the moving averages in place of the weights."""
+    mine: dict[str, list[Piece]] = {}
+    for piece in engine.pieces():
+        mine.setdefault(piece.name, []).append(piece)
     for name, parameter in engine.model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        average = torch.empty(getattr(parameter, "ds_shape", parameter.shape))
-        whole(engine.pieces(), AVERAGE, {name: average}, engine.replicated)
-        if state:
-            state[name].copy_(average)  # in place: tied names share it
+        if parameter.requires_grad:
+            size = getattr(parameter, "ds_shape", parameter.shape)
+            average = whole(mine.get(name, []), AVERAGE, size, engine.replicated)
+            if state:
+                state[name].copy_(average)  # in place: tied names share it
     return state
 
 

@@ -123,21 +123,17 @@ class MovingAverage:
         ]
 
 
-def whole(pieces: Sequence[Piece], kind: str, parameters: dict[str, Tensor], replicated: bool) -> None:
-    """Fill the tensors of rank 0 with the values that all ranks hold of these parameters.
+def whole(pieces: Sequence[Piece], kind: str, size: torch.Size, replicated: bool) -> Tensor:
+    """On rank 0 the values that all ranks hold of a parameter, float32 on the CPU; all ranks call it.
 
-    parameters: float32 on the CPU, of the parameters' shapes, in one order on all ranks; those of the other
-    ranks are used as scratch.
+    pieces: this rank's of the parameter.
     """
-    mine: dict[str, list[Piece]] = {}
+    joined = torch.zeros(size)
     for piece in pieces:
-        mine.setdefault(piece.name, []).append(piece)
-    for name, tensor in parameters.items():
-        tensor.zero_()
-        for piece in mine.get(name, ()):
-            tensor.view(-1)[piece.start : piece.start + piece.length].copy_(piece.values[kind])
-        if not replicated and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.reduce(tensor, 0)
+        joined.view(-1)[piece.start : piece.start + piece.length].copy_(piece.values[kind])
+    if not replicated and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.reduce(joined, 0)
+    return joined
 
 
 def flat(tensor: Tensor) -> Tensor:
