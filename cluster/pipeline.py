@@ -285,6 +285,8 @@ class Ingest:
                 batch_format="pyarrow",
                 batch_size=1,
                 num_cpus=READ_CPUS,
+                # A reader waits for labels and for training: a later unit must not make an earlier one wait.
+                allow_out_of_order_execution=False,
                 compute=ActorPoolStrategy(size=config.data.readers, max_tasks_in_flight_per_actor=2),
             )
             images = [images_of(config, url) for url in config.data.places()]
@@ -336,6 +338,8 @@ def quiet_context() -> None:
     context.raise_original_map_exception = True  # else the reason is lost on the way to the driver
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
+    # Pipelines rest as long as training does, and wait for nodes; what hangs is found by the watchdog.
+    context.execution_no_progress_timeout_s = -1
 
 
 def preparers() -> int:

@@ -261,6 +261,7 @@ def _digest(row: dict[str, Any]) -> str:
 
 
 Step = list[tuple[int, str]]
+STEP_SECONDS = 900.0  # a pipeline that gives nothing for so long never will
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class Training:
         done: list[Step] = []
         try:
             for _ in range(steps):
-                shares = ray.get([rank.step.remote() for rank in ranks])
+                shares = ray.get([rank.step.remote() for rank in ranks], timeout=STEP_SECONDS)
                 done.append([sample for share in shares for sample in share])
                 ingest.trained.remote(max(position for position, _ in done[-1]) + 1)
                 time.sleep(random.uniform(0, 2 * pause))
