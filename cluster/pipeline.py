@@ -51,6 +51,7 @@ from unimrg.storage import Store, take_retries
 INDEX_FOLDER = Path("~/.cache/unimrg/manifests")
 READ_CPUS = 0.25
 PREPARE_CPUS = 0.5
+CUT_CPUS = 0.125
 READ_THREADS = 8
 POLL_SECONDS = 0.2
 READ_COLUMNS = ("id", "image", "place", "conversations", "depth", "masks", "error", "detail")
@@ -259,12 +260,11 @@ class Ingest:
         dataset = self._dataset(myself, position, position + samples_needed(self.config, samples), side)
         batch, share = self.config.train.batch_size, share_of(self.config.train.batch_size, workers)
         if batch % workers:  # the shares of the last workers are filled up with rows that say nothing
-            dataset = dataset.repartition(target_num_rows_per_block=batch, strict=True)
-            dataset = dataset.map_batches(
-                _FillUp(batch, share * workers), batch_format="pyarrow", batch_size=None
+            dataset = _cut(dataset, batch).map_batches(
+                _FillUp(batch, share * workers), batch_format="pyarrow", batch_size=None, num_cpus=CUT_CPUS
             )
         if workers > 1:  # one worker cuts its batches itself
-            dataset = dataset.repartition(target_num_rows_per_block=share, strict=True)
+            dataset = _cut(dataset, share)
         self._shards = dataset.streaming_split(workers, equal=True)
 
     def _dataset(self, myself: Any, start: int, stop: int, side: int) -> Dataset:
@@ -306,6 +306,15 @@ class Ingest:
 def share_of(batch_size: int, workers: int) -> int:
     """Rows of a batch that a worker gets, those that fill up included."""
     return -(-batch_size // workers)
+
+
+def _cut(dataset: Dataset, rows: int) -> Dataset:
+    """Blocks of exactly `rows` rows."""
+    cut = dataset.repartition(target_num_rows_per_block=rows, strict=True)
+    # Its tasks ask for a whole CPU, and `repartition` has no word for less. For three minutes after a
+    # pipeline died Ray Data keeps its share of the cluster for it: what is left of few cores may be less.
+    cut._logical_plan.dag.ray_remote_args["num_cpus"] = CUT_CPUS
+    return cut
 
 
 class _FillUp:
