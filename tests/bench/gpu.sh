@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in chunks of less than ten minutes: tests/bench/gpu.sh FOLDER [CHUNK ...]
 # Results and logs go to FOLDER. Without chunks it runs them all, one after the other; status.txt says how each ended.
-# It needs torch (2.11 or newer), transformers (5.17 or newer) and pytest, and no network. From the project's root.
+# It needs torch (2.11 or newer), transformers (5.17 or newer) and pytest; `openuni` also diffusers, `teachers` all that
+# `make env` installs, and the hub. From the project's root.
 set -u
 results=${1:?usage: tests/bench/gpu.sh FOLDER [CHUNK ...]}
 shift
