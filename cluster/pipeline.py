@@ -347,8 +347,6 @@ def quiet_context() -> None:
     context.raise_original_map_exception = True  # else the reason is lost on the way to the driver
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    # Pipelines rest as long as training does, and wait for nodes; what hangs is found by the watchdog.
-    context.execution_no_progress_timeout_s = -1
 
 
 def preparers() -> int:
