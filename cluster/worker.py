@@ -42,6 +42,7 @@ from unimrg.checkpoint import (
     step_of,
 )
 from unimrg.config import RunConfig, from_plain, redacted, to_plain
+from unimrg.consolidate import save_adapters, save_model
 from unimrg.data.prefetch import prefetch
 from unimrg.engine import Engine, choose_precision, gather, make_engine
 from unimrg.errors import (
@@ -56,7 +57,7 @@ from unimrg.families import load_family
 from unimrg.hardware import peak_flops
 from unimrg.health import Health, LossSpike
 from unimrg.loop import StepOutput, fit
-from unimrg.lora import adapt, merged, save_adapter
+from unimrg.lora import adapt
 from unimrg.metrics import Meter
 from unimrg.packing import Batch
 from unimrg.sample import Sample, Task
@@ -363,18 +364,17 @@ class _Worker:
 
     def _export(self, engine: Engine, tokenizer: Any) -> None:
         """A folder that `from_pretrained` loads: weights, configuration, tokenizer; adapters also alone."""
-        weights = engine.weights()
-        if self.rank == 0:
-            folder = Path(tempfile.mkdtemp(prefix="unimrg-model-"))
-            try:
-                engine.model.save_pretrained(folder / MODEL, state_dict=merged(engine.model, weights))
+        folder = Path(tempfile.mkdtemp(prefix="unimrg-model-"))
+        try:
+            save_model(engine, folder / MODEL)
+            adapted = save_adapters(engine, folder / ADAPTER)
+            if self.rank == 0:
                 tokenizer.save_pretrained(folder / MODEL)
-                self.store.upload(folder / MODEL, MODEL)
-                if save_adapter(engine.model, weights, folder / ADAPTER):
-                    self.store.upload(folder / ADAPTER, ADAPTER)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            self.monitor.event.remote("finish", MODEL, engine.steps_done)
+                for name in (MODEL, ADAPTER) if adapted else (MODEL,):
+                    self.store.upload(folder / name, name)
+                self.monitor.event.remote("finish", MODEL, engine.steps_done)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         if dist.is_initialized():
             dist.barrier()
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers.utils.logging import disable_progress_bar
 
 from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
 from unimrg.config import EngineConfig, FamilyConfig, LoraConfig, TrainConfig, WeightsConfig
+from unimrg.consolidate import save_adapters, save_model
 from unimrg.engine import DeepSpeedEngine, Engine, TorchEngine, gather, make_engine, world
 from unimrg.errors import DataError
 from unimrg.families import load_family, vocabulary
@@ -149,9 +149,8 @@ def train(
     seen: list[StepOutput] = []
     fit(made, batches(processor, 0, 3, accumulation), weights.by_task(), 3, observe=seen.append)
     whole = made.weights()
-    if export and world()[0] == 0:
-        disable_progress_bar()
-        made.model.save_pretrained(export, state_dict=dict(whole))
+    if export:
+        save_model(made, Path(export))
     return {
         "steps": [plain(output) for output in seen],
         "weights": whole,
@@ -380,6 +379,32 @@ def train_adapters(engine: str, begin: str = "", save: str = "") -> dict[str, An
     weights = made.weights()
     plain_weights = merged(made.model, weights) if world()[0] == 0 else {}
     return {"steps": [plain(output) for output in seen], "weights": weights, "merged": plain_weights}
+
+
+def consolidate(
+    engine: str, folder: str, file_bytes: int, rank: int = 0, ema: float = 0.0, precision: str = "float32"
+) -> dict[str, Any]:
+    """Two steps, then the model written file by file; the whole of it, and what was asked for at one time.
+
+    rank: of adapters.
+    """
+    made, processor = make(
+        engine, train_config(2, ema=ema), precision=precision, lora=LoraConfig(rank=rank, alpha=4.0)
+    )
+    fit(made, batches(processor, 0, 2, 1), WEIGHTS.by_task(), 2)
+    whole = made.weights()
+    asked: list[int] = []
+    weights = made.weights
+
+    def counted(names: Collection[str]) -> dict[str, torch.Tensor]:
+        part = weights(names)
+        asked.append(sum(tensor.nbytes for tensor in part.values()))
+        return part
+
+    with patch.object(made, "weights", counted):
+        save_model(made, Path(folder, "model"), file_bytes)
+        adapted = save_adapters(made, Path(folder, "adapter"))
+    return {"merged": merged(made.model, whole) if whole else {}, "asked": asked, "adapted": adapted}
 
 
 def leave_zero(engine: str, folder: str, precision: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ LAYERS = (
         "pieces",
         "engine",
         "checkpoint",
+        "consolidate",
         "health",
         "watchdog",
         "lora",

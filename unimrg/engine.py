@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from unimrg.pieces import (
     AVERAGE,
     MovingAverage,
     Piece,
+    full_size,
     set_updates,
     spread_zero,
     torch_pieces,
@@ -83,8 +84,8 @@ class Engine(Protocol):
     def resume(self, steps_done: int, updates: int) -> None:
         """Go on behind so many steps with what was written into the pieces; every rank calls it."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole model's state dict on the CPU, for rank 0; every rank calls it.
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The model's state dict on the CPU, or `names` of it, for rank 0; every rank calls it alike.
 
         With a moving average that one's values.
         """
@@ -234,9 +235,9 @@ class TorchEngine:
         self.steps_done = steps_done
         set_updates(self._optimizer, updates)
 
-    def weights(self) -> dict[str, Tensor]:
-        state = _on_host(self.model)
-        return _averaged(self, state) if self._average else state
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        state = _on_host(self.model, names)
+        return _averaged(self, names, state) if self._average else state
 
 
 class DeepSpeedEngine:
@@ -322,23 +323,25 @@ class DeepSpeedEngine:
         set_updates(self._optimizer.optimizer, updates)
         spread_zero(self._optimizer, self._stage)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         import deepspeed
 
         gathered = (lambda tensor: deepspeed.zero.GatheredParameters([tensor])) if self._stage == 3 else None
-        state = _on_host(self.model, gathered)
-        return _averaged(self, state) if self._average else state
+        state = _on_host(self.model, names, gathered)
+        return _averaged(self, names, state) if self._average else state
 
 
 def _on_host(
-    model: Family, gathered: Callable[[Tensor], AbstractContextManager[Any]] | None = None
+    model: Family,
+    names: Collection[str] | None,
+    gathered: Callable[[Tensor], AbstractContextManager[Any]] | None = None,
 ) -> dict[str, Tensor]:
-    """The state dict copied to rank 0's memory; tied names share one tensor there too, so it is saved once.
+    """Of the state dict copies in rank 0's memory; tied names share one tensor there too.
 
     gathered: makes a sharded parameter whole for a while, on all ranks together.
     """
     first = world()[0] == 0
-    state = model.state_dict(keep_vars=True)
+    state = _chosen(model, names)
     copies: dict[int, Tensor] = {}
     for tensor in {id(tensor): tensor for tensor in state.values()}.values():
         sharded = gathered and isinstance(tensor, nn.Parameter)
@@ -348,18 +351,23 @@ def _on_host(
     return {name: copies[id(tensor)] for name, tensor in state.items()} if first else {}
 
 
-def _averaged(engine: Engine, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of rank 0 with the moving averages in place of the weights."""
+def _averaged(engine: Engine, names: Collection[str] | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rank 0's `state` with the moving averages in place of the weights."""
     mine: dict[str, list[Piece]] = {}
     for piece in engine.pieces():
         mine.setdefault(piece.name, []).append(piece)
+    wanted = {id(tensor): name for name, tensor in _chosen(engine.model, names).items()}
     for name, parameter in engine.model.named_parameters():
-        if parameter.requires_grad:
-            size = getattr(parameter, "ds_shape", parameter.shape)
-            average = whole(mine.get(name, []), AVERAGE, size, engine.replicated)
+        if parameter.requires_grad and id(parameter) in wanted:
+            average = whole(mine.get(name, []), AVERAGE, full_size(parameter), engine.replicated)
             if state:
-                state[name].copy_(average)  # in place: tied names share it
+                state[wanted[id(parameter)]].copy_(average)  # in place: tied names share it
     return state
+
+
+def _chosen(model: Family, names: Collection[str] | None) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    return state if names is None else {name: state[name] for name in names}
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -112,10 +112,36 @@ def _inject(model: Family, config: LoraConfig, names: list[str], seed: int) -> N
         peft.inject_adapter_in_model(settings, model, ADAPTER)
 
 
+def sources(model: Family) -> dict[str, tuple[str, ...]]:
+    """Every name of the plain model's state, and those of `model`'s from which `merged` makes it.
+
+    The first one has the plain tensor's shape and type.
+    """
+    made_of: dict[str, tuple[str, ...]] = {}
+    for name in model.state_dict(keep_vars=True):
+        layer, base, kind = name.partition(f".{BASE}.")
+        if base:
+            adapters = (f"{layer}.{DOWN}", f"{layer}.{UP}") if kind == "weight" else ()
+            made_of[f"{layer}.{kind}"] = (name, *adapters)
+        elif not _is_adapter(name):
+            made_of[name] = (name,)
+    return made_of
+
+
+def adapter_names(model: Family) -> list[str]:
+    """The names of the adapters in the model's state; none of a plain model's."""
+    return [name for name in model.state_dict(keep_vars=True) if _is_adapter(name)]
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith((f".{DOWN}", f".{UP}"))
+
+
 def merged(model: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` of an adapted model as that of the plain one: W + (alpha / rank) B A under the plain names.
 
-    Sums are formed in float32 and rounded once to the weight's type. A plain model's state stays as it is.
+    Sums are formed in float32 and rounded once to the weight's type. A plain model's state stays as it is. A
+    part of the state is enough where it has all `sources` of what is wanted.
     """
     settings = _settings(model)
     if settings is None:
@@ -129,7 +155,7 @@ def merged(model: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain[f"{layer}.{kind}"] = scaled.to(tensor.dtype)
         elif base:
             plain[f"{layer}.{kind}"] = tensor
-        elif "lora_" not in name:
+        elif not _is_adapter(name):
             plain[name] = tensor
     return plain
 
@@ -148,7 +174,7 @@ def save_adapter(model: Family, state: Mapping[str, Tensor], folder: Path) -> bo
     adapters = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous()
         for name, tensor in state.items()
-        if name.endswith((f".{DOWN}", f".{UP}"))
+        if _is_adapter(name)
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})

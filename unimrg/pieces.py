@@ -136,6 +136,12 @@ def whole(pieces: Sequence[Piece], kind: str, size: torch.Size, replicated: bool
     return joined
 
 
+def full_size(tensor: Tensor) -> torch.Size:
+    """The shape of a parameter, which ZeRO-3 leaves empty where it isn't gathered."""
+    size: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return size
+
+
 def flat(tensor: Tensor) -> Tensor:
     """A view [n]."""
     return tensor.detach().view(-1)
