@@ -135,6 +135,7 @@ class _Worker:
         with _together(), localized(self.config.family, self.config.s3.store()) as local:
             model, tokenizer = family.build(local, self.config.seed)
             model.freeze(self.config.family.freeze, tasks)
+            model.set_grad_scale(self.config.family.grad_scale)
             adapt(model, self.config.family.lora, tasks, self.config.seed)
             # Here, where ranks give up together; the engine gets the same answer.
             engine_config = self.config.engine

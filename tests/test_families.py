@@ -11,12 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tests import families
 from tests.engine_runs import BATCH, Group
 from tests.families import NAMES, fresh_model
 from tests.golden.make_families import CURVE, FOLDER, curve, first_step
+from tests.tiny_harmon import random_sample
 
 CHUNK = 2000  # elements of a head's logits at one time: three rows of most
 OTHERS = tuple(name for name in NAMES if name != "harmon")  # Harmon's are in test_engine.py and test_loop.py
@@ -50,6 +53,33 @@ def test_loss_curve(name: str) -> None:
     for step, (mine, reference) in enumerate(zip(got, want, strict=True)):
         assert mine == pytest.approx(reference, rel=1e-3), f"step {step}"
     assert want[-1]["total"] < want[0]["total"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_from_pictures_are_scaled(name: str, tmp_path: Path) -> None:
+    """Losses stay; gradients are linear in the factor, and it is saved with the model."""
+    rng = np.random.default_rng(0)
+    batch = families.processor(name)([random_sample(rng, families.SIDE, number) for number in range(2)])
+    model = fresh_model(name).train()
+    own = model.grad_scale
+    assert own == (0.1 if name == "harmon" else 1)
+
+    def gradients(scale: float) -> tuple[float, dict[str, torch.Tensor]]:
+        model.set_grad_scale(scale)
+        model.zero_grad()
+        total = torch.stack([loss.sum for loss in model(batch).values()]).sum()
+        total.backward()
+        found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        return total.item(), found
+
+    (all_of_it, full), (_, half), (_, none) = gradients(1), gradients(0.5), gradients(0)
+    assert gradients(-1)[0] == all_of_it and model.grad_scale == 0
+    for key, gradient in full.items():
+        torch.testing.assert_close(half[key], (gradient + none[key]) / 2, rtol=1e-3, atol=1e-4)
+    assert any((gradient - none[key]).abs().max() > 1e-3 for key, gradient in full.items())
+    model.set_grad_scale(0.25)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).grad_scale == 0.25
 
 
 # -- processes -----------------------------------------------------------------------------------------------

@@ -124,10 +124,17 @@ class FamilyConfig:
         default_factory=list, metadata={"help": "parts of the family that are not trained, like [llm]"}
     )
     dropout: float = knob(-1.0, "dropout inside the image model, 0..0.99; -1 = the variant's own")
+    grad_scale: float = knob(
+        -1.0,
+        "factor on the gradient from pictures that are looked at to what embeds them, 0..1; -1 = the "
+        "weights' own (harmon's is 0.1, else 1)",
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def check(self) -> None:
         require_choice("family.name", self.name, FAMILIES)
+        if self.grad_scale != -1:
+            require("family.grad_scale", self.grad_scale, 0, 1)
         if self.dropout != -1:
             require("family.dropout", self.dropout, 0, 0.99)
         self.lora.check()

@@ -53,6 +53,19 @@ class DrawOptions:
     seed: int = 0
 
 
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.scale, None
+
+
 class Family(PreTrainedModel):
     """Base class of the model families."""
 
@@ -129,6 +142,22 @@ class Family(PreTrainedModel):
                 for inner in module.modules():
                     inner.training = False
         return self
+
+    # -- pictures that are looked at -------------------------------------------------------------------------
+
+    @property
+    def grad_scale(self) -> float:
+        """Factor on the gradient that embeddings of clean pictures pass back to what made them, 0..1."""
+        return float(getattr(self.config, "grad_scale", 1.0))
+
+    def set_grad_scale(self, scale: float) -> None:
+        """From now on, and in what is saved; -1 leaves it as it is."""
+        if scale != -1:
+            self.config.grad_scale = scale
+
+    def scale_gradient(self, embedded: torch.Tensor) -> torch.Tensor:
+        """Embeddings of clean pictures, the same numbers with `grad_scale` on their way back."""
+        return embedded if self.grad_scale == 1 else _ScaleGradient.apply(embedded, self.grad_scale)
 
     # -- blocks ----------------------------------------------------------------------------------------------
 

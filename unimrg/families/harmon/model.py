@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -54,19 +54,6 @@ class ImageRows(NamedTuple):
     vb: Tensor
     decoder_in: Tensor
     decoded: Tensor
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale, None
 
 
 def _projector(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -210,7 +197,7 @@ class Harmon(Family):
         if not len(latents):
             return latents.new_zeros(0, 1, self.config.llm.hidden_size)
         embedded = self.proj_in(self.mar.encode(latents, self.grid, None))
-        return _ScaleGradient.apply(embedded, self.config.grad_scale)
+        return self.scale_gradient(embedded)
 
     # -- use -------------------------------------------------------------------------------------------------
 

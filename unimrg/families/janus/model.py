@@ -94,7 +94,8 @@ class Janus(Family):
 
         read: int64, the packed positions whose states matter, each once (the others' are zeros); None: all.
         """
-        pictures, drawings = self.embed_pictures(batch.images), self.embed_codes(codes[:, :-1])
+        pictures = self.scale_gradient(self.embed_pictures(batch.images))
+        drawings = self.embed_codes(codes[:, :-1])
         tables = [pictures.flatten(0, 1), drawings.flatten(0, 1)]
         hidden = self.janus.model.language_model(
             inputs_embeds=self.embed_packed(tables, self.janus.get_input_embeddings(), batch).unsqueeze(0),

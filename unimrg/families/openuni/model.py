@@ -97,7 +97,8 @@ class OpenUni(Family):
     def forward(self, batch: OpenUniBatch) -> dict[Task, TaskLoss]:  # type: ignore[override]  # its own batch
         """Unweighted losses of a packed batch; a task without terms in the batch is left out."""
         read = torch.cat([batch.label_index, batch.query_index])
-        hidden = self.states(batch, self.embed_pictures(batch.images), read)
+        pictures = self.scale_gradient(self.embed_pictures(batch.images))
+        hidden = self.states(batch, pictures, read)
         losses = {}
         if len(batch.label_index):
             losses[Task.UNDERSTANDING] = self.text_loss(hidden, self.lmm.lm_head, batch)

@@ -99,7 +99,7 @@ class Showo(Family):
         """[T, H]: what enters the language model."""
         embedding = self.showo.get_input_embeddings()
         ids = torch.where(batch.target_masked, self.config.mask_id, self.config.code_offset + codes)
-        source = self.embed_sources(batch)
+        source = self.scale_gradient(self.embed_sources(batch))
         return self.embed_packed([source.flatten(0, 1), embedding(ids.flatten())], embedding, batch)
 
     def run(
