@@ -33,8 +33,8 @@ from cluster.pipeline import (
     open_manifest,
     open_order,
     preparers,
-    quiet_context,
     samples_needed,
+    set_context,
 )
 from cluster.session import on_this_node, root_cause
 from cluster.teachers import add_encoder, add_teachers, identify, label_key, make_encoder
@@ -187,7 +187,7 @@ def _run(dataset: Dataset | None, kind: str, report: Report) -> None:
 def _labelling(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) -> Dataset | None:
     if not places:
         return None
-    quiet_context()
+    set_context(config.data)
     unit, size = config.data.unit, config.data.shard_rows
     units = [
         {"job": n, "part": part, "start": part * size + at, "stop": part * size + at + unit}
@@ -310,7 +310,7 @@ class _Write:
 def _encoding(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) -> Dataset | None:
     if not places:
         return None
-    quiet_context()
+    set_context(config.data)
     size = config.data.shard_rows
     items = [{"job": n, "part": part} for n, part in places]
     images = [job.sources.images for job in jobs]

@@ -29,7 +29,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
-from unimrg.config import RunConfig, S3Options
+from unimrg.config import DataConfig, RunConfig, S3Options
 from unimrg.data.label_store import LabelStore, Parts
 from unimrg.data.manifest import Manifest, build_index
 from unimrg.data.order import Epochs, Order
@@ -269,8 +269,8 @@ class Ingest:
 
     def _dataset(self, myself: Any, start: int, stop: int, side: int) -> Dataset:
         """Samples of positions start..stop-1, in order; quarantined ones are missing."""
-        quiet_context()
         config = self.config
+        set_context(config.data)
         render = Render(side, config.data.geometry)
         # Every task costs some milliseconds, so a unit is as large as work ahead and memory allow.
         fitting = min(self.ahead // UNITS_AHEAD, UNIT_BYTES // (len(PICTURES) * 3 * side * side))
@@ -340,9 +340,10 @@ def image_side(config: RunConfig) -> int:
         return int(load_family(family.name).image_size(family))
 
 
-def quiet_context() -> None:
+def set_context(config: DataConfig) -> None:
     """Ray Data's settings for every pipeline of ours."""
     context = DataContext.get_current()
+    context.execution_no_progress_timeout_s = config.stall_seconds or -1
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else the reason is lost on the way to the driver
     context.execution_options.preserve_order = True

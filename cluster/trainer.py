@@ -89,6 +89,7 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
     store = run_store(config)
     labeller = _start_labeller(config, monitor, stored) if config.labels.mode == "streaming" else None
     use_gpu = gpus > 0
+    environment = dict(word.split("=", 1) for word in config.cluster.environment)
     least, most = config.cluster.min_workers or config.cluster.workers, config.cluster.workers
     workers: Any = (least, most) if least < most else most
     trainer = TorchTrainer(
@@ -112,6 +113,7 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
             name=CHECKPOINTS,
             storage_path=store.root,
             storage_filesystem=store.filesystem(),
+            worker_runtime_env={"env_vars": environment} if environment else None,
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )

@@ -109,6 +109,13 @@ def test_two_workers_zero2_from_s3(
     """Pictures from S3, two DeepSpeed ZeRO-2 workers, checkpoints and the model to S3, report here."""
     s3 = S3Config(s3_server.endpoint, s3_server.region, s3_server.access_key, s3_server.secret_key)
     Store.at(s3_server.url("data"), s3).upload(scenes, "scenes")
+    folder = tmp_path / "outputs" / "run"
+    environments: list[bytes] = []
+
+    def look() -> None:
+        environments.append(Path(f"/proc/{newest_worker(folder)}/environ").read_bytes())
+
+    at_step(folder, 1, look)
     status = run(
         config(
             f"data.manifest={s3_server.url('data/scenes/train.json')}",
@@ -120,10 +127,11 @@ def test_two_workers_zero2_from_s3(
             f"s3.secret_key={s3.secret_key}",
             "cluster.workers=2",
             "engine=zero2",
+            "cluster.environment=[NCCL_SOCKET_IFNAME=eth7]",
         )
     )
     assert status == 0
-    folder = tmp_path / "outputs" / "run"
+    assert b"NCCL_SOCKET_IFNAME=eth7\0" in environments[0]
     steps = read_jsonl(folder / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(1, 7))
     assert all(record[f"loss/{task}"] > 0 for record in steps for task in Task)

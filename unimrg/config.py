@@ -197,6 +197,10 @@ class DataConfig:
     )
     readers: int = knob(1, "actors that read the label store; each keeps the parts of two windows in memory")
     ahead: int = knob(0, "samples made ready before training asks for them; 0 = 16 steps' worth")
+    stall_seconds: int = knob(
+        1800,
+        "a pipeline that yields nothing for so long is ended; more where nodes come later; 0 = never",
+    )
 
     def places(self) -> list[str]:
         """The manifests to train on."""
@@ -208,6 +212,7 @@ class DataConfig:
         require("data.window", self.window, 1)
         require("data.readers", self.readers, 1)
         require("data.ahead", self.ahead, 0)
+        require("data.stall_seconds", self.stall_seconds, 0)
         if self.shard_rows % self.unit:
             raise ConfigError(
                 f"data.shard_rows: {self.shard_rows} must be a multiple of data.unit = {self.unit}"
@@ -492,6 +497,11 @@ class ClusterConfig:
         "doesn't count; 0 = never",
     )
 
+    environment: list[str] = field(
+        default_factory=list,
+        metadata={"help": "variables of the training workers from their start: [NCCL_SOCKET_IFNAME=eth0]"},
+    )
+
     def check(self) -> None:
         require("cluster.workers", self.workers, 0)
         require("cluster.cpus_per_worker", self.cpus_per_worker, 0, above=True)
@@ -500,6 +510,10 @@ class ClusterConfig:
         require("cluster.hang_seconds", self.hang_seconds, 0)
         require("cluster.min_workers", self.min_workers, 0)
         require("cluster.resize_seconds", self.resize_seconds, 1)
+        for word in self.environment:
+            name, equals, _ = word.partition("=")
+            if not (name.isidentifier() and equals):
+                raise ConfigError(f"cluster.environment: {word!r} is no variable; write NAME=value")
         if self.workers and self.min_workers > self.workers:
             raise ConfigError(
                 f"cluster.min_workers: {self.min_workers} is above cluster.workers = {self.workers}"
