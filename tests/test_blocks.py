@@ -222,6 +222,8 @@ def test_what_a_worker_keeps_whatever_the_batch() -> None:
     plain, deep = EngineConfig(name="torch"), EngineConfig(name="deepspeed")
     assert state_bytes(model, plain, 4, 4) == 4 * every + 12 * trained
     assert state_bytes(model, plain, 2, 4) == 6 * every + 12 * trained
+    offloaded = replace(deep, zero_stage=2, offload=True)
+    assert state_bytes(model, offloaded, 2, 4) == 2 * every + 0.5 * trained
     stages = [state_bytes(model, replace(deep, zero_stage=stage), 2, 4) for stage in (1, 2, 3)]
     assert stages == [
         2 * every + 2 * trained + 3 * trained,

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -129,6 +130,8 @@ def _recompute(model: Family, train: TrainConfig, config: EngineConfig, device: 
         return config.activation_checkpointing
     ranks = world()[1]
     free = min(row[0] for row in gather([free_bytes(device, model, ranks)]))
+    if device.type == "cpu":  # the host's memory is the step's: nothing goes elsewhere
+        config = replace(config, offload=False)
     return choose_recompute(model, train, config, choose_precision(config, device).itemsize, ranks, free)
 
 

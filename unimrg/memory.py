@@ -44,7 +44,7 @@ def choose_recompute(
 
 
 def state_bytes(model: Family, config: EngineConfig, element: int, ranks: int) -> float:
-    """Weights, gradients and AdamW's state of one rank.
+    """Weights, gradients and AdamW's state of one rank, without what `config.offload` moves elsewhere.
 
     Plain torch keeps float32 and, for the time of a forward pass, a copy of the weights in what it computes
     with. DeepSpeed keeps weights and gradients in that, and a float32 copy with the optimiser's state.
@@ -53,7 +53,8 @@ def state_bytes(model: Family, config: EngineConfig, element: int, ranks: int) -
     if config.name == "torch":
         return (4 if element == 4 else 4 + element) * every + (4 + 8) * trained
     shards = [1, *(ranks if config.zero_stage >= stage else 1 for stage in (1, 2, 3))]
-    return element * every / shards[3] + element * trained / shards[2] + (4 + 8) * trained / shards[1]
+    optimizer = 0.0 if config.offload else (4 + 8) * trained / shards[1]
+    return element * every / shards[3] + element * trained / shards[2] + optimizer
 
 
 def _numbers(parameters: Iterable[nn.Parameter]) -> int:
