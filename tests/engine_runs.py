@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -31,16 +32,26 @@ from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
 from unimrg.config import EngineConfig, FamilyConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.consolidate import save_adapters, save_model
-from unimrg.engine import DeepSpeedEngine, Engine, TorchEngine, gather, make_engine, world
+from unimrg.engine import (
+    DeepSpeedEngine,
+    Engine,
+    TorchEngine,
+    gather,
+    import_deepspeed,
+    make_engine,
+    shard,
+    world,
+)
 from unimrg.errors import DataError
 from unimrg.families import load_family, vocabulary
 from unimrg.families.base import Family, Processor
-from unimrg.families.harmon.processor import HarmonProcessor
+from unimrg.families.harmon import Harmon, HarmonProcessor
 from unimrg.loop import StepOutput, fit, global_counts, train_step
 from unimrg.lora import adapt, merged
 from unimrg.losses import TaskLoss
 from unimrg.packing import Batch
 from unimrg.sample import IMAGE_TASKS, Sample
+from unimrg.weights import load_folder
 
 if TYPE_CHECKING:
     from unimrg.checkpoint import Progress
@@ -405,6 +416,34 @@ def consolidate(
         save_model(made, Path(folder, "model"), file_bytes)
         adapted = save_adapters(made, Path(folder, "adapter"))
     return {"merged": merged(made.model, whole) if whole else {}, "asked": asked, "adapted": adapted}
+
+
+def shard_folder(folder: str) -> dict[str, Any]:
+    """Cut a stored model into the ranks' pieces; by how many bytes the process grew meanwhile, at most."""
+    import_deepspeed(CPU)
+    model = load_folder(Harmon, Path(folder))
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    before, done = own_bytes(), threading.Event()
+    seen = [before]
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(own_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    shard(model, settings, torch.float32, CPU)
+    done.set()
+    watcher.join()
+    held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+    size = sum(parameter.ds_numel for parameter in model.parameters())
+    return {"grown": max(seen) - before, "held": 4 * held, "size": 4 * size}
+
+
+def own_bytes() -> int:
+    """Memory of this process without what it maps from files."""
+    table = Path("/proc/self/status").read_text()
+    return 1024 * int(table.partition("RssAnon:")[2].split()[0])
 
 
 def leave_zero(engine: str, folder: str, precision: str) -> dict[str, Any]:

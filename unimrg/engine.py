@@ -262,13 +262,13 @@ class DeepSpeedEngine:
             store = dist.HashStore()
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        settings, optimizer = self._config(train, config), _adamw(model, train)
+        if self._stage == 3:
+            shard(model, settings, choose_precision(config, device), device)
         model.to(device)
         exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=_adamw(model, train),
-            config=self._config(train, config),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         # DeepSpeed rounds buffers to bfloat16 too, but rotary frequencies need all their digits.
         for name, buffer in model.named_buffers():
@@ -371,6 +371,25 @@ def _averaged(engine: Engine, names: Collection[str] | None, state: dict[str, Te
 def _chosen(model: Family, names: Collection[str] | None) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     return state if names is None else {name: state[name] for name in names}
+
+
+def shard(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Cut all parameters into the ranks' pieces, as ZeRO-3 keeps them, one parameter after the other.
+
+    Never more than one is whole on the device; what the model maps from its files never is in memory at all.
+    settings: DeepSpeed's. Every rank calls it.
+    """
+    import deepspeed
+
+    first, *others = model.parameters()
+    begin = nn.Module()
+    begin.register_parameter("first", first)
+    first.data = first.data.to(device, dtype, copy=True)
+    deepspeed.zero.Init(module=begin, config_dict_or_path=settings, dtype=dtype)
+    for parameter in others:
+        # Copied, since rank 0's values are written over those of the others.
+        parameter.data = parameter.data.to(device, dtype, copy=True)
+        first.convert_to_zero_parameters(param_list=[parameter])  # type: ignore[attr-defined]
 
 
 def import_deepspeed(device: torch.device) -> Any:
