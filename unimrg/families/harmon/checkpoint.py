@@ -121,9 +121,9 @@ def from_published(config: HarmonConfig, weights: str, vae_weights: str) -> Harm
     vae = published_vae(expected.vae, vae_weights)
     state |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     source = f"{weights} with {vae_weights}"
-    check_fits(expected, state, source)  # before minutes are spent on drawing weights for the wrong variant
-    model = Harmon(config)
-    load_strictly(model, state, source)
+    check_fits(expected, state, source)
+    # By the library: it draws no weights first, which takes minutes, and copies none.
+    model: Harmon = Harmon.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model
 
 
