@@ -164,6 +164,7 @@ def _phi(**sizes: Any) -> PhiConfig:
         "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         "qk_layernorm": True,
+        "hidden_act": "gelu_pytorch_tanh",  # "gelu_new" in one kernel: the same formula
         "tie_word_embeddings": False,
         "bos_token_id": 50256,
         "eos_token_id": 50256,
