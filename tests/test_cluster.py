@@ -127,7 +127,7 @@ def test_two_workers_zero2_from_s3(
             f"s3.secret_key={s3.secret_key}",
             "cluster.workers=2",
             "engine=zero2",
-            "cluster.environment=[NCCL_SOCKET_IFNAME=eth7]",
+            "cluster.environment=['NCCL_SOCKET_IFNAME=eth7']",
         )
     )
     assert status == 0

@@ -499,7 +499,7 @@ class ClusterConfig:
 
     environment: list[str] = field(
         default_factory=list,
-        metadata={"help": "variables of the training workers from their start: [NCCL_SOCKET_IFNAME=eth0]"},
+        metadata={"help": "variables of the training workers from their start: ['NCCL_SOCKET_IFNAME=eth0']"},
     )
 
     def check(self) -> None:
