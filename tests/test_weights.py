@@ -23,7 +23,7 @@ from unimrg.families import load_family
 from unimrg.families.harmon import build
 from unimrg.families.tokenizer import TINY_FOLDER
 from unimrg.storage import S3Config
-from unimrg.weights import check_fits, load_strictly, localized, read_state_dict
+from unimrg.weights import check_fits, load_folder, load_strictly, localized, read_state_dict
 from unimrg.zero import find_zero, merge_zero
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.arange(3), "b": torch.ones(1).bfloat16()}
@@ -373,6 +373,18 @@ def test_zero_checkpoints_that_can_t_be_merged(zero: Group, tmp_path: Path, stag
         for file in optimizers:
             file.unlink()
         assert "bring those too" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_folders_in_bfloat16_are_loaded_in_float32(name: str, tmp_path: Path) -> None:
+    """As training needs it: bfloat16 would round its updates away."""
+    model = families.fresh_model(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_folder(type(model), tmp_path)
+    expected = model.state_dict()
+    for key, tensor in loaded.state_dict().items():
+        assert tensor.dtype == (torch.float32 if tensor.is_floating_point() else expected[key].dtype)
+        assert torch.equal(tensor.to(expected[key].dtype), expected[key])
 
 
 def test_latest_must_lead_to_a_checkpoint(zero: Group, tmp_path: Path) -> None:

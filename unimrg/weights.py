@@ -389,14 +389,21 @@ def model_type(weights: str | Path) -> str:
 
 
 def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
-    """A model of class `kind` from a folder of its `save_pretrained`, every key accounted for.
+    """A model of class `kind` in float32 from a folder of its `save_pretrained`, every key accounted for.
 
-    options: of `from_pretrained`. Raises CheckpointError when a key is missing, unexpected or misshapen, or
-    when a file is missing, damaged or a pickle.
+    Training adds small updates to its weights, which bfloat16 would round away; what computes in bfloat16
+    makes its own copy. Weights that are stored in float32 are mapped, not read. options: of
+    `from_pretrained`. Raises CheckpointError when a key is missing, unexpected or misshapen, or a file is
+    missing, damaged or a pickle.
     """
     try:
         model, found = kind.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            dtype=torch.float32,
+            **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
         raise CheckpointError(
