@@ -148,7 +148,8 @@ class Family(PreTrainedModel):
     @property
     def grad_scale(self) -> float:
         """Factor on the gradient that embeddings of clean pictures pass back to what made them, 0..1."""
-        return float(getattr(self.config, "grad_scale", 1.0))
+        scale: float = getattr(self.config, "grad_scale", 1.0)
+        return scale
 
     def set_grad_scale(self, scale: float) -> None:
         """From now on, and in what is saved; -1 leaves it as it is."""
