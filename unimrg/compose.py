@@ -34,6 +34,9 @@ from unimrg.usage import usage
 
 T = TypeVar("T")
 
+EXPERIMENT = "experiment"
+"""The word that names a YAML file of keys, which are set before those on the command line."""
+
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 OVERRIDE = re.compile(r"(?P<mark>~|\+{0,2})(?P<key>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -48,8 +51,9 @@ def config_folder() -> Path:
 def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """`configs/<config_name>.yaml` with `overrides`, as plain dataclasses, checked.
 
-    overrides: `group=option` or `key=value`; the value of a text key is taken literally, commas and all, but
-    for `${oc.env:NAME}`, quotes around it, and `null` (empty). Raises ConfigError, one sentence, for whatever
+    overrides: `group=option`, `key=value`, or `experiment=FILE`, a YAML of keys that replaces
+    what the groups say and is replaced by what the other words say. The value of a text key is taken literally,
+    commas and all, but for `${oc.env:NAME}`, quotes around it, and `null` (empty). Raises ConfigError, one sentence, for whatever
     is unknown, misspelt or unusable.
     """
     config = _to_dataclass(_merge(config_name, overrides, schema), schema, overrides)
@@ -109,12 +113,13 @@ def _program(main: Callable[..., Any]) -> str:
 def _merge(config_name: str, overrides: Sequence[str], schema: type) -> DictConfig:
     """The merged configuration, typed by `schema`, unchecked and perhaps with missing values."""
     _register(schema)
+    experiment, overrides = _experiment(overrides, dict(_keys(schema)))
     choices, values = _Words(config_name, schema).read(overrides)
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             merged = hydra_compose(config_name, choices)
         # Not left to Hydra: it would take a key for a group wherever a folder has the same name.
-        for key, value in values:
+        for key, value in [*experiment, *values]:
             OmegaConf.update(merged, key, value)
         return merged
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -206,6 +211,36 @@ class _Words:
             return ""
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         return value[1:-1] if quoted else value
+
+
+def _experiment(words: Sequence[str], keys: dict[str, Any]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """(key, value) of the YAML file that `experiment=FILE` names, and the other words."""
+    given = [word for word in words if word.lstrip("+").startswith(f"{EXPERIMENT}=")]
+    if not given:
+        return [], list(words)
+    file = Path(given[-1].partition("=")[2])
+    try:
+        content = yaml.safe_load(file.read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{EXPERIMENT}={file} can't be read ({first_line(error)}); give a YAML file of keys"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{EXPERIMENT}={file} holds no keys; write lines like `weights: {{depth: 0.5}}`")
+    values = list(_flat(content))
+    for key, _ in values:
+        if key not in keys or dataclasses.is_dataclass(keys[key]):
+            raise ConfigError(f"{EXPERIMENT}={file}: unknown key {key!r}{suggest(key, keys)}")
+    return values, [word for word in words if word not in given]
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested sections."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def _parsed(key: str, value: str) -> Any:

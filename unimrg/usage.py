@@ -27,7 +27,7 @@ def usage(
     `help` of the fields of `schema` and from its docstrings.
     """
     width = min(max(shutil.get_terminal_size((100, 24)).columns, WIDTHS[0]), WIDTHS[1])
-    words = "[group=option] [key=value] ..." if groups else "[key=value] ..."
+    words = ("[group=option] " if groups else "") + "[experiment=FILE.yaml] [key=value] ..."
     lines = [*textwrap.wrap(" ".join(description.split()), width), "", f"usage: {program} {words}"]
     lines += ["", *_row("  -h, --help", "show this; with groups and keys, what they lead to", width)]
     lines += _row("  --cfg", "print the resulting configuration as YAML and stop", width)
