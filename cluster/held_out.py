@@ -23,7 +23,7 @@ from unimrg.config import FamilyConfig, RunConfig, from_plain, to_plain
 from unimrg.data.order import split_held_out
 from unimrg.data.stages import Fetch, Render, Teach
 from unimrg.families import load_family
-from unimrg.families.base import DrawOptions
+from unimrg.families.base import DrawOptions, Family
 from unimrg.sample import IMAGE_TASKS, Sample
 from unimrg.weights import localized
 
@@ -59,7 +59,7 @@ def load_held_out(config: RunConfig) -> tuple[list[Sample], list[Question]]:
     indices = np.arange(len(manifest))
     if not config.data.held_out:
         grouped = open_manifest(url, config.s3, config.data.group_by_image)
-        kept = split_held_out(len(grouped), config.seed, config.data.held_out_count)[1]
+        kept = split_held_out(len(grouped), config.split_seed, config.data.held_out_count)[1]
         names = set(grouped.rows(kept)["image"].to_pylist()) - {None}
         indices = np.array(
             [i for i, name in enumerate(manifest.rows(indices)["image"].to_pylist()) if name in names]
@@ -110,21 +110,9 @@ def _score(plain: dict[str, Any], shared: tuple[list[Sample], list[Question]], w
     """Runs in a Ray task: one model, all held-out pictures."""
     config = from_plain(plain)
     samples, questions = shared
-    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
-    family = load_family(config.family.name)
-    folder = Path(tempfile.mkdtemp(prefix="unimrg-score-"))
-    try:
-        if when == "after":
-            run_store(config).download(MODEL, folder)
-            config.family = FamilyConfig(config.family.name, config.family.variant, str(folder))
-        with localized(config.family, config.s3.store()) as local:
-            model, tokenizer = family.build(local, config.seed)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    model, tokenizer = model_of(config, trained=when == "after")
     tasks = config.weights.active()
-    processor = family.processor(model, tokenizer, config.train, tasks, config.seed)
+    processor = load_family(config.family.name).processor(model, tokenizer, config.train, tasks, config.seed)
     shown = [sample for sample in samples if sample.image is not None][: config.report.images]
     options = DrawOptions(iterations=config.report.draw_iterations, seed=config.seed)
     drawings = draw_all(model, processor, shown, tasks, options)
@@ -133,3 +121,20 @@ def _score(plain: dict[str, Any], shared: tuple[list[Sample], list[Question]], w
         "drawings": score_drawings(shown, drawings),
     }
     return result, drawings
+
+
+def model_of(config: RunConfig, trained: bool) -> tuple[Family, Any]:
+    """The model a run started from, or the one it ended with, in use on this machine's device; its tokenizer."""
+    torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
+    family, weights = load_family(config.family.name), config.family
+    folder = Path(tempfile.mkdtemp(prefix="unimrg-score-"))
+    try:
+        if trained:
+            run_store(config).download(MODEL, folder)
+            weights = FamilyConfig(weights.name, weights.variant, str(folder))
+        with localized(weights, config.s3.store()) as local:
+            model, tokenizer = family.build(local, config.seed)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval(), tokenizer

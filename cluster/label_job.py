@@ -34,20 +34,28 @@ def run(config: LabelConfig) -> int:
     prepare_data(whole)
     check_data(whole)
     with ray_session() as logs:
-        settle_types(whole, gpus_of_cluster())
-        stored = open_stores(whole, wait=True)
-        jobs = jobs_of(whole, stored)
-        tally = _Tally(sum(job.store.rows for job in jobs) * (1 + whole.labels.codes))
-        for job in jobs:
-            tally.before(job.store, *(len(p.done()) for p in (job.store.labels, job.codes) if p is not None))
-        if tally.rows_left:
-            print(f"{tally.rows_left} rows to do in {whole.labels.store}; Ray's logs: {logs}", flush=True)
-            with tally.bar:
-                label(whole, jobs, all_parts(jobs), tally.add)
-    for job in jobs:
-        print("\n".join(describe(job.store)), flush=True)
-        _judge(job.store, config)
+        for store in label_all(whole, logs):
+            print("\n".join(describe(store)), flush=True)
     return 0
+
+
+def label_all(config: RunConfig, logs: str) -> list[LabelStore]:
+    """Label what isn't yet of a run's data; returns the label stores. `logs`: where Ray's are.
+
+    Raises DataError when too much of a data set is unusable.
+    """
+    settle_types(config, gpus_of_cluster())
+    jobs = jobs_of(config, open_stores(config, wait=True))
+    tally = _Tally(sum(job.store.rows for job in jobs) * (1 + config.labels.codes))
+    for job in jobs:
+        tally.before(job.store, *(len(p.done()) for p in (job.store.labels, job.codes) if p is not None))
+    if tally.rows_left:
+        print(f"{tally.rows_left} rows to do in {config.labels.store}; Ray's logs: {logs}", flush=True)
+        with tally.bar:
+            label(config, jobs, all_parts(jobs), tally.add)
+    for job in jobs:
+        _judge(job.store, config)
+    return [job.store for job in jobs]
 
 
 class _Tally:
@@ -74,7 +82,7 @@ class _Tally:
             self.bar.update(told.rows)
 
 
-def _judge(store: LabelStore, config: LabelConfig) -> None:
+def _judge(store: LabelStore, config: RunConfig) -> None:
     """Raises DataError when too much of a data set is unusable."""
     bad = store.quarantined()
     if store.rows >= config.data.min_checked and len(bad) > config.data.max_bad_share * store.rows:

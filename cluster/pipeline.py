@@ -136,7 +136,7 @@ def open_order(config: RunConfig, manifests: Sequence[Manifest]) -> Order:
     data = config.data
     held_out = [0 if data.held_out else data.held_out_count] + [0] * (len(manifests) - 1)
     epochs = [
-        Epochs(len(manifest), config.seed, count, data.shard_rows, data.window)
+        Epochs(len(manifest), config.seed, count, data.shard_rows, data.window, config.split_seed)
         for manifest, count in zip(manifests, held_out, strict=True)
     ]
     return Order(epochs, data.shares or [1.0] * len(epochs), config.seed)

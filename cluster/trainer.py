@@ -80,9 +80,13 @@ def local_folder(config: RunConfig) -> Path:
     return Path(store.root) if store.is_local else Path(LOCAL_OUTPUTS).absolute() / config.name
 
 
-def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None, until: int = 0
+) -> dict[str, Any]:
     """Run the worker group to its end, or to a pause when this process is told to end (SIGTERM).
 
+    until: optimiser steps after which it ends early and leaves a model, as if by chance: schedules still
+    reach to `train.steps`, and a later call goes on from there; 0 = to the last step.
     Returns what rank 0 did: `steps`, or `paused` and the step. Raises UnimrgError when it fails for good.
     """
     monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked)
@@ -99,6 +103,7 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
             "monitor": monitor,
             "labeller": labeller,
             "stored": stored,
+            "until": until,
         },
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=config.cluster.timeout_seconds
@@ -107,7 +112,8 @@ def train(config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | Non
             num_workers=workers,
             elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker}
+            | ({"GPU": config.cluster.gpus_per_worker} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,

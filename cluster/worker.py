@@ -110,10 +110,16 @@ class _Worker:
     """One process of the worker group."""
 
     def __init__(
-        self, config: RunConfig, monitor: Any, labeller: Any = None, stored: list[Stored] | None = None
+        self,
+        config: RunConfig,
+        monitor: Any,
+        labeller: Any = None,
+        stored: list[Stored] | None = None,
+        until: int = 0,
     ) -> None:
         context = ray.train.get_context()
         self.config = config
+        self.until = until or config.train.steps
         self.monitor, self.labeller, self.stored = monitor, labeller, stored
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.store = run_store(config)
@@ -155,16 +161,16 @@ class _Worker:
         self._train()
         self._commit(self.saver.finish(wait=True))
         self.watchdog.close()
-        if engine.steps_done < self.config.train.steps:
+        if engine.steps_done < self.until:
             return {"paused": engine.steps_done}
         self._export(engine, tokenizer)
         return {"steps": engine.steps_done, "position": self.position}
 
     def _train(self) -> None:
-        """To the last step, or to a pause; back to an earlier checkpoint when the loss keeps jumping."""
+        """To the last step asked for, or to a pause; back to an earlier checkpoint when the loss keeps jumping."""
         engine = self.engine
         for rollbacks in range(MAX_ROLLBACKS + 1):
-            remaining = self.config.train.steps - engine.steps_done
+            remaining = self.until - engine.steps_done
             try:
                 with contextlib.closing(
                     prefetch(self._batches(remaining) if remaining > 0 else ())
@@ -173,7 +179,7 @@ class _Worker:
                         engine,
                         self.watchdog.resting(batches),
                         self.config.weights.by_task(),
-                        self.config.train.steps,
+                        self.until,
                         observe=self._observe,
                         save=self._save,
                         save_every=self.config.train.checkpoint_every,

@@ -157,8 +157,8 @@ class Halving:
     """Asynchronous successive halving (ASHA, arXiv 1810.05934) over another strategy's proposals.
 
     A trial goes on behind a rung if it is among the best one in `reduction` of the trials known when it was
-    proposed; so what is stopped doesn't depend on which machine was faster. What stopped trials save goes into
-    further trials: the budget is counted in optimiser steps.
+    proposed; so what is stopped doesn't depend on which machine was faster. What stopped trials save is
+    spent on further ones: the budget is counted in optimiser steps.
     """
 
     def __init__(self, inner: Sampled, budget: int, rungs: Sequence[int], reduction: int) -> None:

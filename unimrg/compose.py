@@ -51,10 +51,10 @@ def config_folder() -> Path:
 def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """`configs/<config_name>.yaml` with `overrides`, as plain dataclasses, checked.
 
-    overrides: `group=option`, `key=value`, or `experiment=FILE`, a YAML of keys that replaces
-    what the groups say and is replaced by what the other words say. The value of a text key is taken literally,
-    commas and all, but for `${oc.env:NAME}`, quotes around it, and `null` (empty). Raises ConfigError, one sentence, for whatever
-    is unknown, misspelt or unusable.
+    overrides: `group=option`, `key=value`, or `experiment=FILE`, a YAML of keys that replaces what the groups
+    say and is replaced by what the other words say. The value of a text key is taken literally, commas and
+    all, but for `${oc.env:NAME}`, quotes around it, and `null` (empty). Raises ConfigError, one sentence, for
+    whatever is unknown, misspelt or unusable.
     """
     config = _to_dataclass(_merge(config_name, overrides, schema), schema, overrides)
     check = getattr(config, "check", None)

@@ -178,6 +178,7 @@ class DataConfig:
     )
     held_out: str = knob("", "a second manifest for evaluation; empty = data.held_out_count of the first")
     held_out_count: int = knob(64, "pictures taken out of the manifest for evaluation")
+    held_out_seed: int = knob(-1, "another seed takes out other pictures; -1 = the run's seed")
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     geometry: str = knob(
         "pad", "to the square: pad with grey, squash, or published (questions pad, drawings squash)"
@@ -227,6 +228,7 @@ class DataConfig:
             require("data.shares", share, 0, above=True)
         require_choice("data.geometry", self.geometry, ("pad", "squash", "published"))
         require("data.held_out_count", self.held_out_count, 0)
+        require("data.held_out_seed", self.held_out_seed, -1, 2**32 - 1)
         require("data.max_bad_share", self.max_bad_share, 0, 1)
         require("data.unit", self.unit, 1, 4096)
         for key in ("max_bytes", "max_pixels", "max_side", "min_checked"):
@@ -486,6 +488,9 @@ class ClusterConfig:
         "go on with so few when nodes are lost, grow back to cluster.workers; 0 = with all or not at all",
     )
     resize_seconds: float = knob(60.0, "between two looks whether more workers fit, seconds")
+    gpus_per_worker: float = knob(
+        1.0, "GPUs of a worker where there are any; a part of one, like 0.5, only for a single worker"
+    )
     cpus_per_worker: float = knob(
         0.5, "logical CPUs of a worker; small, so that a laptop has room for the data"
     )
@@ -505,6 +510,12 @@ class ClusterConfig:
     def check(self) -> None:
         require("cluster.workers", self.workers, 0)
         require("cluster.cpus_per_worker", self.cpus_per_worker, 0, above=True)
+        require("cluster.gpus_per_worker", self.gpus_per_worker, 0, 1, above=True)
+        if self.gpus_per_worker < 1 and self.workers > 1:
+            raise ConfigError(
+                f"cluster.gpus_per_worker: {self.gpus_per_worker:g} of a GPU for each of {self.workers} "
+                "workers; NCCL wants whole ones, so set it to 1, or cluster.workers to 1"
+            )
         require("cluster.max_failures", self.max_failures, 0)
         require("cluster.timeout_seconds", self.timeout_seconds, 10)
         require("cluster.hang_seconds", self.hang_seconds, 0)
@@ -580,6 +591,11 @@ class RunConfig:
             raise ConfigError(
                 f"train.batch_size: {self.train.batch_size} is less than workers x accumulation = {shares}"
             )
+
+    @property
+    def split_seed(self) -> int:
+        """What chooses the pictures that are held out."""
+        return self.seed if self.data.held_out_seed == -1 else self.data.held_out_seed
 
     def _check_labels(self) -> None:
         """Do the teachers, the way of labelling and the tasks go together?"""

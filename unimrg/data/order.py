@@ -47,12 +47,22 @@ def split_held_out(n: int, seed: int, held_out: int) -> tuple[np.ndarray, np.nda
 class Epochs:
     """The endless list of one source: epoch after epoch of its training rows.
 
-    rows: of the manifest. held_out: this many of them are never trained on.
+    rows: of the manifest. held_out: this many of them are never trained on, chosen by split_seed, or by seed.
     """
 
-    def __init__(self, rows: int, seed: int, held_out: int, shard_rows: int, window: int) -> None:
+    def __init__(
+        self,
+        rows: int,
+        seed: int,
+        held_out: int,
+        shard_rows: int,
+        window: int,
+        split_seed: int | None = None,
+    ) -> None:
         self.seed, self.shard_rows, self.window = seed, shard_rows, window
-        self.training, self.held_out = split_held_out(rows, seed, held_out)
+        self.training, self.held_out = split_held_out(
+            rows, seed if split_seed is None else split_seed, held_out
+        )
         self.shards = -(-rows // shard_rows)
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
