@@ -124,7 +124,7 @@ def _score(plain: dict[str, Any], shared: tuple[list[Sample], list[Question]], w
 
 
 def model_of(config: RunConfig, trained: bool) -> tuple[Family, Any]:
-    """The model a run started from, or the one it ended with, in use on this machine's device; its tokenizer."""
+    """The model a run started from, or the one it ended with, on this machine's device; and its tokenizer."""
     torch.set_num_threads(1 if not torch.cuda.is_available() else torch.get_num_threads())
     family, weights = load_family(config.family.name), config.family
     folder = Path(tempfile.mkdtemp(prefix="unimrg-score-"))

@@ -30,8 +30,11 @@ STORAGE_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[str]:
-    """Ray for the duration of a command; yields where its logs are. Stops only what it started."""
+def ray_session(cpus: int = LAPTOP_CPUS) -> Iterator[str]:
+    """Ray for the duration of a command; yields where its logs are. Stops only what it started.
+
+    cpus: logical ones, at least, of a Ray that is started on this machine.
+    """
     if ray.is_initialized():
         yield "the running Ray session"
         return
@@ -51,7 +54,7 @@ def ray_session() -> Iterator[str]:
     else:
         context = ray.init(
             address="local",
-            num_cpus=max(LAPTOP_CPUS, os.cpu_count() or 1),
+            num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
@@ -67,6 +70,13 @@ def ray_session() -> Iterator[str]:
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """For actors that read what lies on this node's disk."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def node_resource() -> str:
+    """The same as a resource, of which each node has its own."""
+    mine = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == mine)
+    return next(name for name in node["Resources"] if name.startswith("node:") and "internal" not in name)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -96,6 +96,9 @@ def train(
     environment = dict(word.split("=", 1) for word in config.cluster.environment)
     least, most = config.cluster.min_workers or config.cluster.workers, config.cluster.workers
     workers: Any = (least, most) if least < most else most
+    resources = {"CPU": config.cluster.cpus_per_worker}
+    if use_gpu:
+        resources["GPU"] = config.cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -112,8 +115,7 @@ def train(
             num_workers=workers,
             elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker}
-            | ({"GPU": config.cluster.gpus_per_worker} if use_gpu else {}),
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,

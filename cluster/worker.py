@@ -167,7 +167,7 @@ class _Worker:
         return {"steps": engine.steps_done, "position": self.position}
 
     def _train(self) -> None:
-        """To the last step asked for, or to a pause; back to an earlier checkpoint when the loss keeps jumping."""
+        """To the last step asked for, or a pause; back to a checkpoint when the loss keeps jumping."""
         engine = self.engine
         for rollbacks in range(MAX_ROLLBACKS + 1):
             remaining = self.until - engine.steps_done

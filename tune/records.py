@@ -59,6 +59,11 @@ class Records:
         """Keep a finished trial; there is either the whole file or none."""
         self.store.write_bytes(f"trials/{trial.id}.json", json.dumps(dataclasses.asdict(trial)).encode())
 
+    def read_one(self, name: str) -> Trial | None:
+        """The finished trial of that id."""
+        path = f"trials/{name}.json"
+        return Trial(**json.loads(self.store.read_bytes(path))) if self.store.exists(path) else None
+
     def read(self) -> dict[str, Trial]:
         """All finished trials by id."""
         return {trial.id: trial for trial in self._all()}

@@ -60,9 +60,8 @@ class Epochs:
         split_seed: int | None = None,
     ) -> None:
         self.seed, self.shard_rows, self.window = seed, shard_rows, window
-        self.training, self.held_out = split_held_out(
-            rows, seed if split_seed is None else split_seed, held_out
-        )
+        chosen_by = seed if split_seed is None else split_seed
+        self.training, self.held_out = split_held_out(rows, chosen_by, held_out)
         self.shards = -(-rows // shard_rows)
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffled)
 
