@@ -103,6 +103,7 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one of Ray Tune can't be turned off
     # Teachers, trainer and pipelines are many processes; above four times this number Ray warns of them.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
     for name, value in STORAGE_ENVIRONMENT.items():

@@ -9,11 +9,11 @@ trials that are finished are not handed out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from tune.analysis import best
 from tune.config import SearchConfig
-from tune.objectives import OBJECTIVES
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.space import Changes, value_of
 from tune.strategies import Strategy, make_strategy
@@ -180,9 +180,3 @@ class Campaign:
             for number in range(self.config.search.repeats):
                 seed = (self.config.seed + REPEAT_SEEDS + number) % 2**32
                 yield Job(f"{role}-seed-{number}", role, REPEATED, number, seed, trial.changes)
-
-
-def best(trials: Sequence[Trial], objective: str) -> Trial | None:
-    """The finished search trial with the best value; the first of several."""
-    found = [trial for trial in trials if trial.state == "done" and trial.phase == SEARCHED]
-    return max(found, key=lambda t: OBJECTIVES[objective].sign * t.values[objective], default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -56,7 +57,7 @@ def search(config: SearchConfig) -> int:
         lag = before["lag"] if before else _at_once(config, gpus)
         if uses_store(config):
             label_all(config, logs)
-        shared = _share(config, gpus)
+        shared = _share(config, gpus, lag)
         if not before:
             store.write_bytes(BEGUN, json.dumps({"config": redacted(config), "lag": lag}).encode())
         records = Records(store)
@@ -111,7 +112,7 @@ def _at_once(config: SearchConfig, gpus: int) -> int:
     return max(1, int(gpus / (config.cluster.workers * config.cluster.gpus_per_worker))) if gpus else ON_CPUS
 
 
-def _share(config: SearchConfig, gpus: int) -> Shared:
+def _share(config: SearchConfig, gpus: int, lag: int) -> Shared:
     """What all trials have in common: the run, and the held-out pictures in two parts."""
     options = config.search
     plain = {key: value for key, value in to_plain(config).items() if key != "search"}
@@ -119,6 +120,9 @@ def _share(config: SearchConfig, gpus: int) -> Shared:
     run.cluster = dataclasses.replace(run.cluster, workers=run.cluster.workers or 1)
     run.data = dataclasses.replace(run.data, held_out_seed=config.split_seed)
     run.labels = dataclasses.replace(run.labels)
+    run.engine = dataclasses.replace(run.engine)
+    if not gpus and "RAY_ADDRESS" not in os.environ:  # trials that run at once share this machine's cores
+        run.engine.threads = run.engine.threads or max(1, (os.cpu_count() or 1) // lag)
     if uses_store(run):
         run.labels.mode = "cached"
     # Of the held-out pictures, as many as both parts need, each picture in one of them.

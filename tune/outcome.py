@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from tune.analysis import compare, to_table
-from tune.campaign import START, Campaign, Job, best
+from tune.analysis import best, compare, to_table
+from tune.campaign import START, Campaign, Job
 from tune.config import SearchConfig
 from tune.objectives import OBJECTIVES
 from tune.page import search_page

@@ -127,7 +127,9 @@ def _behind(value: float, least: float, shared: Shared) -> bool:
 
 def _score(config: RunConfig, shared: Shared, phase: str, folder: Path) -> Any:
     """(values, answers) of the run's model, measured by a task on a device of the cluster."""
-    task = ray.remote(score_run).options(num_gpus=min(shared.gpus, 1) and config.cluster.gpus_per_worker)
+    gpus = config.cluster.gpus_per_worker if shared.gpus else 0
+    # Anywhere: a trial's own placement is its place on the driver's machine, and nothing else.
+    task = ray.remote(score_run).options(num_gpus=gpus, scheduling_strategy="DEFAULT")
     values, answers = ray.get(task.remote(to_plain(config), shared.parts[phase]))
     records = read_jsonl(folder / "metrics.jsonl")
     rates = [row["samples_per_second"] for row in records if row.get("samples_per_second")]

@@ -1,0 +1,2 @@
+def search_page(**k):
+    return str(k)
