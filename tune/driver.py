@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -45,6 +46,7 @@ def search(config: SearchConfig) -> int:
     began = time.monotonic()
     config.name = config.name or f"search-{config.family.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Campaign(config, lag=1)  # strategies and budget that don't go together are told before anything starts
+    given = copy.deepcopy(config)
     make_absolute(config)
     check_weights(config)
     store = run_store(config)
@@ -62,7 +64,7 @@ def search(config: SearchConfig) -> int:
             store.write_bytes(BEGUN, json.dumps({"config": redacted(config), "lag": lag}).encode())
         records = Records(store)
         campaign = Campaign(config, lag, records.read())
-        outcome = Outcome(config, campaign, local_folder(config), logs)
+        outcome = Outcome(config, given, campaign, local_folder(config), logs)
         outcome.begin()
         _run(config, campaign, records, shared, outcome)
         _clean_up(config, campaign)
@@ -75,8 +77,8 @@ def _begun(config: SearchConfig, store: Store) -> dict[str, Any] | None:
     begun = store.exists(BEGUN)
     if begun and not config.search.resume:
         raise ConfigError(
-            f"name: there is a search {config.name!r} in {store.url} already; set search.resume=true to go on "
-            "with it, or choose another name"
+            f"name: there is a search {config.name!r} in {store.url} already; set search.resume=true to go "
+            "on with it, or choose another name"
         )
     if config.search.resume and not begun:
         raise ConfigError(
@@ -158,7 +160,7 @@ def _check_measurable(config: SearchConfig, pairs: set[str | None]) -> None:
             raise ConfigError(f"search.objectives: {name} can't be measured, because {why}")
 
 
-class _Proposer(Searcher):  # type: ignore[misc]  # Ray's classes are untyped
+class _Proposer(Searcher):
     """Hands Ray Tune the campaign's jobs."""
 
     def __init__(self, campaign: Campaign, records: Records, outcome: Outcome) -> None:
@@ -176,7 +178,6 @@ class _Proposer(Searcher):  # type: ignore[misc]  # Ray's classes are untyped
         if job is None:
             return Searcher.FINISHED if self.failure or self.campaign.done else None
         self.running[trial_id] = job
-        self.outcome.started(job)
         return {"job": write_job(job)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:

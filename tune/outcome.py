@@ -1,4 +1,4 @@
-"""What a search tells: a table that grows while it runs; at its end best.yaml, trials.parquet, search.html."""
+"""What a search tells: a table that grows while it runs; then best.yaml, trials.parquet, search.html."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from tune.analysis import best, compare, to_table
-from tune.campaign import START, Campaign, Job
+from tune.campaign import START, Campaign
 from tune.config import SearchConfig
 from tune.objectives import OBJECTIVES
 from tune.page import search_page
@@ -32,10 +32,13 @@ NOT_KEPT = ("name", "seed", "storage_path", "s3", "labels", "report", "search", 
 
 
 class Outcome:
-    """Everything that is shown and left of one search."""
+    """Everything that is shown and left of one search. given: its config before anything was filled in."""
 
-    def __init__(self, config: SearchConfig, campaign: Campaign, folder: Path, logs: str) -> None:
-        self.config, self.campaign, self.folder, self.logs = config, campaign, folder, logs
+    def __init__(
+        self, config: SearchConfig, given: SearchConfig, campaign: Campaign, folder: Path, logs: str
+    ) -> None:
+        self.config, self.given, self.campaign = config, given, campaign
+        self.folder, self.logs = folder, logs
         self.written = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -55,9 +58,6 @@ class Outcome:
             print(f"resumed: {finished} trials are finished already", flush=True)
         names = [OBJECTIVES[name].title for name in options.objectives]
         print(self._row("trial", list(SHORT.values()), "state", "steps", "time", names), flush=True)
-
-    def started(self, job: Job) -> None:
-        """A trial was handed to Ray."""
 
     def finished(self, trial: Trial) -> None:
         """A row of the table; now and then the page."""
@@ -138,7 +138,7 @@ class Outcome:
 
     def _best_yaml(self, found: Trial) -> str:
         """The keys in which the best run differs from `python -m unimrg.train` without any word."""
-        plain, usual = redacted(self.config), redacted(compose("train", [], RunConfig))
+        plain, usual = redacted(self.given), redacted(compose("train", [], RunConfig))
         kept: dict[str, Any] = {}
         for section, values in plain.items():
             if section in NOT_KEPT or section not in usual:

@@ -131,10 +131,8 @@ def _score(config: RunConfig, shared: Shared, phase: str, folder: Path) -> Any:
     # Anywhere: a trial's own placement is its place on the driver's machine, and nothing else.
     task = ray.remote(score_run).options(num_gpus=gpus, scheduling_strategy="DEFAULT")
     values, answers = ray.get(task.remote(to_plain(config), shared.parts[phase]))
-    records = read_jsonl(folder / "metrics.jsonl")
-    rates = [row["samples_per_second"] for row in records if row.get("samples_per_second")]
-    if rates:
-        values["samples_per_second"] = statistics.median(rates)
+    times = [row["step_seconds"] for row in read_jsonl(folder / "metrics.jsonl")]
+    values["samples_per_second"] = config.train.batch_size / statistics.median(times)
     return values, answers
 
 
