@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -31,6 +31,7 @@ MORE_STYLE = """
 svg .trial{fill:none;stroke:var(--soft);stroke-width:1;opacity:.35}
 svg .trial.top{stroke:var(--understanding);stroke-width:1.6;opacity:.75}
 svg .trial.best{stroke:var(--depth);stroke-width:3.6;opacity:1}
+.card+.card,.card+.scroll{margin-top:16px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 0}.series{display:inline-flex;gap:6px}
 """
 
@@ -138,7 +139,9 @@ def _sentence(search: Search) -> str:
     found, objective = search.best, search.objectives[0]
     if found is None:
         return "No trial is finished yet." if search.running else "No trial was finished: nothing was found."
-    value = f"{OBJECTIVES[objective].title} {_value(objective, found)} on the validation pictures"
+    unit = OBJECTIVES[objective].unit
+    value = f"{OBJECTIVES[objective].title} {_value(objective, found)}{' ' * bool(unit)}{unit}"
+    value += " on the validation pictures"
     if found.strategy == "start":
         return f"Nothing did better than the configuration the search began with: {value}."
     return f"The best trial is {found.id} ({_changes(found)}): {value}."
@@ -238,7 +241,7 @@ def _strategies(search: Search) -> Html:
             ]
         )
     head = ["Strategy", "Trials", "Steps", "Stopped / failed"]
-    head += [f"Best: {OBJECTIVES[name].title}" for name in search.objectives] + ["With"]
+    head += [f"Best: {_title(name)}" for name in search.objectives] + ["With"]
     note = "Each has the same budget and begins with the search\u2019s own configuration."
     return section("Strategies", el("div", table(head, rows), class_="scroll"), note=note, id_="strategies")
 
@@ -287,7 +290,7 @@ def _front(search: Search) -> Html | None:
     chart = charts.scatter(
         series, [(t.values[first], t.values[second]) for t in line], _title(first), _title(second)
     )
-    listed = table(["Trial", *(OBJECTIVES[name].title for name in search.objectives), "With"], rows)
+    listed = table(["Trial", *(_title(name) for name in search.objectives), "With"], rows)
     return section(
         "Pareto front",
         el("div", chart, charts.legend(search.strategies), class_="card"),
@@ -299,9 +302,13 @@ def _front(search: Search) -> Html | None:
 
 def _importance(search: Search) -> Html:
     cards: list[Child] = []
-    keys = [key for key in search.keys if sum(key in trial.changes for trial in search.done) > 1]
+    known = {trial.id: {key: search.value(trial, key) for key in search.keys} for trial in search.done}
+    filled = [
+        replace(trial, changes={key: value for key, value in known[trial.id].items() if value is not None})
+        for trial in search.done
+    ]
     for objective in search.objectives:
-        found = importance(search.done, objective, keys)
+        found = importance(filled, objective, search.keys)
         if found:
             chart = charts.shares(found, TITLES)
             cards.append(el("figure", el("figcaption", _title(objective)), chart, class_="card"))
@@ -355,15 +362,16 @@ def _trials(search: Search) -> Html:
     rows: list[list[Child]] = []
     for trial in search.searched:
         values: list[Child] = [_value(name, trial) for name in search.objectives]
-        state = f"{trial.state}: {trial.error}" if trial.error else trial.state
         rows.append(
             [trial.id, *(short(search.value(trial, key)) for key in search.keys), *values,
-             state, str(trial.steps), span(trial.seconds)]
+             trial.state, str(trial.steps), span(trial.seconds)]
         )  # fmt: skip
     head = ["Trial", *(TITLES[key] for key in search.keys)]
-    head += [OBJECTIVES[name].title for name in search.objectives] + ["State", "Steps", "Time"]
+    head += [_title(name) for name in search.objectives] + ["State", "Steps", "Time"]
     body: Child = el("div", table(head, rows, class_="numbers"), class_="scroll") if rows else _nothing()
-    return section("Trials", body, id_="trials")
+    failed = [el("li", f"{trial.id}: {trial.error}") for trial in search.trials if trial.error]
+    why = el("ul", failed, class_="notices") if failed else None
+    return section("Trials", body, why, id_="trials")
 
 
 def _configuration(search: Search) -> Html:
@@ -392,8 +400,7 @@ def _value(objective: str, trial: Trial | None) -> str:
         return "\u2013"
     if objective in ("accuracy", "pair_accuracy", "depth_delta1"):
         return percent(value)
-    unit = OBJECTIVES[objective].unit
-    return short(value) + (f" {unit}" if unit else "")
+    return short(value)
 
 
 def _changes(trial: Trial | None) -> str:
