@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tune.config import SearchConfig
 from unimrg import config as knobs
 from unimrg.compose import _files, _groups, _keys, compose, config_folder
 from unimrg.config import (
@@ -33,7 +34,13 @@ ALSO = {
     "data=llava": ["data.manifest=a.json"],
     "teachers=stored": ["teachers.stored=labels"],
 }
-SCHEMAS = {"train": RunConfig, "generate": GenerateConfig, "export": ExportConfig, "label": LabelConfig}
+SCHEMAS = {
+    "train": RunConfig,
+    "generate": GenerateConfig,
+    "export": ExportConfig,
+    "label": LabelConfig,
+    "search": SearchConfig,
+}
 YAMLS = sorted(path.relative_to(config_folder()) for path in config_folder().rglob("*.yaml"))
 CASES = [
     (name, f"{group}={option}") for name in SCHEMAS for group in _groups(name) for option in _files(group)
@@ -51,7 +58,7 @@ def test_each_option_composes(name: str, choice: str) -> None:
 
 
 def test_no_file_is_left_out() -> None:
-    """Each YAML is a command's or an option of a group that some command has; search is tune's."""
+    """Each YAML is a command's or an option of a group that some command has."""
     used = {Path(f"{name}.yaml") for name in SCHEMAS}
     used |= {
         Path(group, f"{option}.yaml")

@@ -11,8 +11,8 @@ from unimrg.errors import ConfigError
 SEARCHING = ("tpe", "nsga2", "random", "grid", "asha")
 """Strategies that look for weights."""
 
-BASELINES = ("equal", "uncertainty", "gradnorm", "famo")
-"""Strategies that don't: one training balances the tasks itself; the budget goes into its learning rate."""
+BASELINES = ("equal",)
+"""Strategies that don't: the budget goes into the learning rate."""
 
 
 @dataclass
@@ -64,8 +64,8 @@ class SearchOptions:
     strategies: list[str] = field(
         default_factory=lambda: ["tpe", "equal"],
         metadata={
-            "help": "compared on equal budgets: of tpe, nsga2, random, grid, asha; and, without a search for "
-            "weights, equal, uncertainty, gradnorm, famo, whose learning rate is tuned instead"
+            "help": "compared on equal budgets: of tpe, nsga2, random, grid, asha; and equal, which "
+            "keeps all weights equal and tunes the learning rate instead"
         },
     )
     trials: int = knob(6, "budget of each strategy, in trainings of full length")
@@ -77,9 +77,7 @@ class SearchOptions:
         },
     )
     space: SpaceConfig = field(default_factory=SpaceConfig)
-    rate_span: float = knob(
-        4.0, "equal, uncertainty, gradnorm, famo: learning rates up to so many times lower and higher"
-    )
+    rate_span: float = knob(4.0, "of equal: learning rates up to so many times lower and higher")
     reduction: int = knob(3, "of asha: one in so many goes on behind a rung")
     rungs: list[float] = field(
         default_factory=lambda: [0.25, 0.5],

@@ -50,7 +50,7 @@ def make_strategy(name: str, config: SearchConfig) -> Strategy:
             )
         return Listed(points)
     space = rates(config) if name in BASELINES else searched(config)
-    fixed = balanced(name, config) if name in BASELINES else {}
+    fixed = equal_weights(config) if name in BASELINES else {}
     first = centre(config, space)
     sampler = make_sampler(name, options.trials, seed)
     strategy = Sampled(sampler, space, options.objectives, first, fixed, options.trials)
@@ -60,10 +60,8 @@ def make_strategy(name: str, config: SearchConfig) -> Strategy:
     return Halving(strategy, config.train.steps * options.trials, rungs, options.reduction)
 
 
-def balanced(name: str, config: SearchConfig) -> Changes:
-    """What a baseline fixes: equal weights of the tasks that are trained, or a way to balance them."""
-    if name != "equal":
-        return {"weights.balance": name}
+def equal_weights(config: SearchConfig) -> Changes:
+    """All tasks that are trained count as much as understanding."""
     one = config.weights.understanding or 1.0
     return {f"weights.{task}": one for task in WEIGHTS if getattr(config.weights, task)}
 
