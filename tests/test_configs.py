@@ -34,6 +34,12 @@ ALSO = {
     "data=llava": ["data.manifest=a.json"],
     "teachers=stored": ["teachers.stored=labels"],
 }
+OF_A_SEARCH = {
+    "weights=understanding_only": [
+        *(f"search.space.{task}=[]" for task in ("pixel", "depth", "segmentation")),
+        "search.space.learning_rate=[1e-3,2e-3]",
+    ],
+}
 SCHEMAS = {
     "train": RunConfig,
     "generate": GenerateConfig,
@@ -54,7 +60,8 @@ def test_each_command_composes(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "choice"), CASES)
 def test_each_option_composes(name: str, choice: str) -> None:
-    compose(name, [*NEEDED.get(name, []), choice, *ALSO.get(choice, [])], SCHEMAS[name])
+    also = [*ALSO.get(choice, []), *OF_A_SEARCH.get(choice, [])] if name == "search" else ALSO.get(choice, [])
+    compose(name, [*NEEDED.get(name, []), choice, *also], SCHEMAS[name])
 
 
 def test_no_file_is_left_out() -> None:

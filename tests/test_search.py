@@ -28,7 +28,7 @@ def config(*words: str) -> SearchConfig:
 
 def planted(changes: dict[str, Any]) -> float:
     """Highest, 1, at `PLANTED`; a smooth bowl in the logarithms of the weights."""
-    miss = sum(math.log(changes.get(key, 1.0) / best) ** 2 for key, best in PLANTED.items())
+    miss = sum(math.log(max(changes.get(key, 1.0), 0.01) / best) ** 2 for key, best in PLANTED.items())
     return 1 - miss / 30
 
 
@@ -119,7 +119,7 @@ def test_every_strategy_keeps_its_budget_and_begins_with_the_config() -> None:
         full = 8 * options.train.steps
         if arm.name == "asha":  # counted in steps: stopped trials leave room for more
             assert len(trials) > 8
-            assert full - options.train.steps <= spent <= full + options.train.steps
+            assert full <= spent <= full + 2 * options.train.steps  # two run at once
         else:
             assert spent == full
     repeats = campaign.trials(REPEATED)
@@ -128,8 +128,8 @@ def test_every_strategy_keeps_its_budget_and_begins_with_the_config() -> None:
 
 
 def test_weights_are_relative_to_understanding_and_in_their_range() -> None:
-    options = config("weights.understanding=2", "weights.pixel=2", "weights.depth=2", "weights.segmentation=2",
-                     "search.trials=40", "search.strategies=[random]")  # fmt: skip
+    twice = [f"weights.{task}=2" for task in ("understanding", "pixel", "depth", "segmentation")]
+    options = config(*twice, "search.trials=40", "search.strategies=[random]")
     campaign, _ = explore(options, 1)
     for trial in campaign.trials(SEARCHED):
         assert all(0.1 <= value <= 10 for value in trial.changes.values())
@@ -211,7 +211,7 @@ def test_a_failed_trial_stops_nothing() -> None:
         job = campaign.next()
         assert job is not None
         campaign.tell(failed(job) if job.id in ("tpe-002", "equal-001", "best-seed-1") else finish(job))
-    assert [t.id for t in campaign.trials() if t.state == "failed"] == ["tpe-002", "equal-001", "best-seed-1"]
+    assert {t.id for t in campaign.trials() if t.state == "failed"} == {"tpe-002", "equal-001", "best-seed-1"}
 
 
 def test_when_all_fail_the_search_ends_early() -> None:

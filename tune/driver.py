@@ -41,8 +41,11 @@ FREE = ("search.resume", "search.max_failures", "log_every", "s3", "cluster")
 """Keys that may change when a search is resumed."""
 
 
-def search(config: SearchConfig) -> int:
-    """A search from its configuration to its report; returns the exit status."""
+def search(config: SearchConfig, usual: RunConfig) -> int:
+    """A search from its configuration to its report; returns the exit status.
+
+    usual: the run of `python -m unimrg.train` without a word, from which best.yaml says what differs.
+    """
     began = time.monotonic()
     config.name = config.name or f"search-{config.family.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     Campaign(config, lag=1)  # strategies and budget that don't go together are told before anything starts
@@ -64,7 +67,7 @@ def search(config: SearchConfig) -> int:
             store.write_bytes(BEGUN, json.dumps({"config": redacted(config), "lag": lag}).encode())
         records = Records(store)
         campaign = Campaign(config, lag, records.read())
-        outcome = Outcome(config, given, campaign, local_folder(config), logs)
+        outcome = Outcome(config, (given, usual), campaign, local_folder(config), logs)
         outcome.begin()
         _run(config, campaign, records, shared, outcome)
         _clean_up(config, campaign)

@@ -17,7 +17,6 @@ from tune.objectives import OBJECTIVES
 from tune.page import search_page
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.space import value_of
-from unimrg.compose import compose
 from unimrg.config import RunConfig, redacted
 from unimrg.errors import UnimrgError
 from unimrg.storage import Store
@@ -32,12 +31,21 @@ NOT_KEPT = ("name", "seed", "storage_path", "s3", "labels", "report", "search", 
 
 
 class Outcome:
-    """Everything that is shown and left of one search. given: its config before anything was filled in."""
+    """Everything that is shown and left of one search.
+
+    given: its config before anything was filled in, and that of a run without any word.
+    """
 
     def __init__(
-        self, config: SearchConfig, given: SearchConfig, campaign: Campaign, folder: Path, logs: str
+        self,
+        config: SearchConfig,
+        given: tuple[SearchConfig, RunConfig],
+        campaign: Campaign,
+        folder: Path,
+        logs: str,
     ) -> None:
-        self.config, self.given, self.campaign = config, given, campaign
+        self.config, self.campaign = config, campaign
+        self.given, self.usual = given
         self.folder, self.logs = folder, logs
         self.written = 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +146,7 @@ class Outcome:
 
     def _best_yaml(self, found: Trial) -> str:
         """The keys in which the best run differs from `python -m unimrg.train` without any word."""
-        plain, usual = redacted(self.given), redacted(compose("train", [], RunConfig))
+        plain, usual = redacted(self.given), redacted(self.usual)
         kept: dict[str, Any] = {}
         for section, values in plain.items():
             if section in NOT_KEPT or section not in usual:

@@ -13,14 +13,15 @@ if __name__ == "__main__":  # as a script, Python looks for modules beside it, a
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tune.config import SearchConfig
-from unimrg.compose import run_command
+from unimrg.compose import compose, run_command
+from unimrg.config import RunConfig
 
 
 def main(config: SearchConfig) -> int:
     """Hand the search to Ray."""
     from tune.driver import search
 
-    return search(config)
+    return search(config, compose("train", [], RunConfig))
 
 
 if __name__ == "__main__":
