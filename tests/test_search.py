@@ -210,8 +210,12 @@ def test_a_failed_trial_stops_nothing() -> None:
     while not campaign.done:
         job = campaign.next()
         assert job is not None
-        campaign.tell(failed(job) if job.id in ("tpe-002", "equal-001", "best-seed-1") else finish(job))
-    assert {t.id for t in campaign.trials() if t.state == "failed"} == {"tpe-002", "equal-001", "best-seed-1"}
+        campaign.tell(failed(job) if job.id in ("tpe-002", "equal-001", "default-seed-1") else finish(job))
+    assert {t.id for t in campaign.trials() if t.state == "failed"} == {
+        "tpe-002",
+        "equal-001",
+        "default-seed-1",
+    }
 
 
 def test_when_all_fail_the_search_ends_early() -> None:
