@@ -85,7 +85,7 @@ class Campaign:
     @property
     def done(self) -> bool:
         """Is every job finished?"""
-        return self.repeats is not None and all(job.id in self.finished for job in self.jobs.values())
+        return self.repeats is not None and all(job.id in self.finished for job in self.repeats)
 
     def trials(self, phase: str = "") -> list[Trial]:
         """The finished trials in the order in which they were handed out."""
