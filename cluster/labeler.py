@@ -35,6 +35,7 @@ from cluster.pipeline import (
     preparers,
     samples_needed,
     set_context,
+    tell_retries,
 )
 from cluster.session import on_this_node, root_cause
 from cluster.teachers import add_encoder, add_teachers, identify, label_key, make_encoder
@@ -44,7 +45,7 @@ from unimrg.data.manifest import Manifest
 from unimrg.data.order import Order
 from unimrg.data.stages import MAPS, PADDING, Fetch, Keep, Sources, Unpack
 from unimrg.errors import UnimrgError
-from unimrg.storage import Store, take_retries
+from unimrg.storage import RETRY_REASONS, Store, take_retries
 
 WRITE_CPUS = 0.25
 # Not what teachers take on a CPU: Ray makes one stage of neighbours with equal needs, which then waits for as
@@ -125,7 +126,8 @@ def parts_in_order(order: Order, jobs: Sequence[Job], start: int, stop: int) -> 
 
 @dataclass(frozen=True)
 class Told:
-    """A part that was written. kind: labels or codes; reasons: its unusable rows by reason."""
+    """A part that was written. kind: labels or codes; reasons: its unusable rows by reason; retries: storage
+    requests made again since the part before, by reason."""
 
     kind: str
     rows: int
@@ -194,9 +196,10 @@ def _labelling(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) 
         for n, part in places
         for at in range(0, size, unit)
     ]
+    desk = _start_desk(jobs)
     fetch = Fetch([job.sources for job in jobs], config.data, keep=config.labels.embed)
     dataset = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        _Read(_start_desk(jobs), fetch),
+        _Read(desk, fetch),
         batch_format="pyarrow",
         batch_size=1,
         num_cpus=READ_CPUS,
@@ -205,7 +208,8 @@ def _labelling(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) 
     dataset = add_teachers(dataset, config).map_batches(
         Keep(config.labels.embed), batch_format="pyarrow", batch_size=None, num_cpus=WRITE_CPUS
     )
-    return _written(dataset, size, _Write([job.store for job in jobs], [job.store.labels for job in jobs]))
+    stores = [job.store for job in jobs]
+    return _written(dataset, size, _Write(desk, stores, [store.labels for store in stores]))
 
 
 def _written(dataset: Dataset, size: int, write: _Write) -> Dataset:
@@ -223,6 +227,8 @@ class _Desk:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = list(jobs)
+        self.retries: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def rows(self, job: int, part: int, start: int, stop: int) -> pa.Table:
         """See `unit_rows`."""
@@ -232,6 +238,19 @@ class _Desk:
         """Return when the labels of a part are there."""
         while not self.jobs[job].store.labels.is_done(part):
             time.sleep(POLL_SECONDS)
+
+    def retried(self, retries: dict[str, int]) -> None:
+        """A process made so many storage requests again, by reason."""
+        with self._lock:
+            self.retries.update(retries)
+
+    def take_retries(self) -> dict[str, int]:
+        """What was told since the last call, and this process's own."""
+        with self._lock:
+            self.retries.update(take_retries())
+            taken = {reason: self.retries[reason] for reason in RETRY_REASONS}
+            self.retries.clear()
+        return taken
 
 
 def _start_desk(jobs: Sequence[Job]) -> Any:
@@ -248,7 +267,9 @@ class _Read:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = ray.get([self.desk.rows.remote(**unit) for unit in table.to_pylist()])
-        return pa.concat_tables([self.fetch(unit) for unit in rows])
+        fetched = pa.concat_tables([self.fetch(unit) for unit in rows])
+        tell_retries(self.desk)
+        return fetched
 
 
 def unit_rows(manifest: Manifest, job: int, part: int, start: int, stop: int) -> pa.Table:
@@ -283,7 +304,8 @@ def split_place(place: int) -> Place:
 class _Write:
     """One part to the store; its unusable rows first, into the quarantine."""
 
-    def __init__(self, stores: Sequence[LabelStore] | None, parts: Sequence[Parts]) -> None:
+    def __init__(self, desk: Any, stores: Sequence[LabelStore] | None, parts: Sequence[Parts]) -> None:
+        self.desk = desk
         self.stores = stores
         self.parts = list(parts)
 
@@ -300,7 +322,9 @@ class _Write:
             self.stores[job].quarantine(part, bad)
         self.parts[job].write(part, rows)
         reasons = Counter(row["reason"] for row in bad)
-        told = {"rows": len(rows), "reasons": reasons, "retries": take_retries()}
+        tell_retries(self.desk)
+        retries = ray.get(self.desk.take_retries.remote())
+        told = {"rows": len(rows), "reasons": reasons, "retries": retries}
         return pa.table({"told": [json.dumps(told)]})
 
 
@@ -315,11 +339,12 @@ def _encoding(config: RunConfig, jobs: Sequence[Job], places: Sequence[Place]) -
     items = [{"job": n, "part": part} for n, part in places]
     images = [job.sources.images for job in jobs]
     stores = [job.store for job in jobs]
-    read = _ReadPart(_start_desk(jobs), stores, Unpack(images, config.data), config.data.unit)
+    desk = _start_desk(jobs)
+    read = _ReadPart(desk, stores, Unpack(images, config.data), config.data.unit)
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read, batch_format="pyarrow", batch_size=1, num_cpus=READ_CPUS, compute=TaskPoolStrategy(size=1)
     )
-    return _written(add_encoder(dataset, config), size, _Write(None, [_codes(job) for job in jobs]))
+    return _written(add_encoder(dataset, config), size, _Write(desk, None, [_codes(job) for job in jobs]))
 
 
 def _codes(job: Job) -> Parts:
@@ -347,7 +372,9 @@ class _ReadPart:
         whole = join_stored(rows, pa.concat_tables([stored, pa.table(nothing)]))
         whole = whole.append_column("part", rows["part"])
         for at in range(0, size, self.unit):
-            yield self.unpack(whole.slice(at, self.unit))
+            unit = self.unpack(whole.slice(at, self.unit))
+            tell_retries(self.desk)
+            yield unit
 
 
 # -- beside training -----------------------------------------------------------------------------------------
@@ -380,4 +407,5 @@ class Labeller:
             self.monitor.event.remote("failure", self._failure)
 
     def _tell(self, told: Told) -> None:
-        self.monitor.labelled.remote(told.rows, told.kind, told.retries)
+        self.monitor.labelled.remote(told.rows, told.kind)
+        self.monitor.retried.remote(told.retries)

@@ -15,6 +15,7 @@ import ray
 
 from cluster.session import on_this_node
 from unimrg.metrics import JsonlSink, PrometheusTextSink, read_jsonl
+from unimrg.storage import RETRY_REASONS
 
 COUNTED = {
     "skipped-step": "skipped_steps",
@@ -53,7 +54,7 @@ class Monitor:
         self.paused = False
         self.latest: dict[str, Any] = {}
         self.step = 0
-        self.retries: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter(dict.fromkeys(RETRY_REASONS, 0))
         self.labelled_rows: Counter[str] = Counter()
 
     def write(self, record: dict[str, Any]) -> Verdict:
@@ -87,15 +88,9 @@ class Monitor:
         self.metrics.truncate_from(step + 1)
         self.event("rollback", detail, step)
 
-    def audit(
-        self, first: int, stop: int, bad: list[dict[str, Any]], retries: dict[str, int] | None = None
-    ) -> None:
-        """Positions first..stop-1 were prepared; `bad` of them are quarantined.
-
-        retries: storage requests made again, by reason.
-        """
+    def audit(self, first: int, stop: int, bad: list[dict[str, Any]]) -> None:
+        """Positions first..stop-1 were prepared; `bad` of them are quarantined."""
         self.checked.add((first, stop))
-        self.retries.update(retries or {})
         for row in bad:
             if row["position"] not in self.bad:
                 self.bad[row["position"]] = row["reason"]
@@ -106,9 +101,12 @@ class Monitor:
         reasons = Counter(self.bad.values())
         return {"skipped": len(self.bad)} | {f"skipped/{reason}": n for reason, n in reasons.items()}
 
-    def labelled(self, rows: int, kind: str, retries: dict[str, int]) -> None:
+    def labelled(self, rows: int, kind: str) -> None:
         """A part of the label store was written; kind: labels or codes."""
         self.labelled_rows[kind] += rows
+
+    def retried(self, retries: dict[str, int]) -> None:
+        """A process of the run made so many storage requests again, by reason."""
         self.retries.update(retries)
 
     def data(self) -> dict[str, int]:

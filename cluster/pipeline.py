@@ -61,6 +61,13 @@ UNITS_AHEAD = 4
 UNIT_BYTES = 64 << 20
 
 
+def tell_retries(listener: Any) -> None:
+    """Storage requests that this process made again since it last told, to the actor's `retried`."""
+    retries = take_retries()
+    if any(retries.values()):
+        ray.get(listener.retried.remote(retries))
+
+
 def split_url(url: str) -> tuple[str, str]:
     """Folder and name of a file's path or URL."""
     folder, _, name = url.rpartition("/")
@@ -175,6 +182,7 @@ class Ingest:
         self._bad: list[int] = []
         self._there: set[tuple[int, int]] = set()
         self._shards: list[Any] = []
+        tell_retries(monitor)
 
     # -- what the pipeline's tasks ask -----------------------------------------------------------------------
 
@@ -231,6 +239,7 @@ class Ingest:
             assert self.stored is not None
             if not self.stored[source].last.is_done(number):
                 return False
+            tell_retries(self.monitor)
             self._there.add((source, number))
         return True
 
@@ -279,9 +288,10 @@ class Ingest:
         dataset = ray.data.from_items(spans, override_num_blocks=len(spans))
         if self.stored is not None:
             maps = tuple(name for name in MAPS if name in config.weights.active())
+            parts = 2 * config.data.window * len(self.stored)
             dataset = dataset.map_batches(
                 _ReadStored,
-                fn_constructor_args=(myself, self.stored, maps, 2 * config.data.window * len(self.stored)),
+                fn_constructor_args=(self.monitor, myself, self.stored, maps, parts),
                 batch_format="pyarrow",
                 batch_size=1,
                 num_cpus=READ_CPUS,
@@ -375,8 +385,10 @@ class _ReadStored:
     window one by one can't be held back: Ray Data collects what a task yields into large blocks.)
     """
 
-    def __init__(self, ingest: Any, stored: Sequence[Stored], maps: Sequence[str], parts: int) -> None:
-        self.ingest = ingest
+    def __init__(
+        self, monitor: Any, ingest: Any, stored: Sequence[Stored], maps: Sequence[str], parts: int
+    ) -> None:
+        self.monitor, self.ingest = monitor, ingest
         self.stored = list(stored)
         self.maps = tuple(maps)
         self.kept: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
@@ -391,6 +403,7 @@ class _ReadStored:
         sizes = np.array([one.labels.shard_rows for one in self.stored])[source]
         keys, part_of = np.unique(np.stack([source, row // sizes]), axis=1, return_inverse=True)
         tables = self._read([(int(s), int(number)) for s, number in keys.T])
+        tell_retries(self.monitor)
         return join_stored(rows, pick(tables, part_of.reshape(-1), row % sizes))
 
     def _read(self, parts: list[tuple[int, int]]) -> list[pa.Table]:
@@ -452,5 +465,6 @@ class _Finish:
         if bad:
             self.ingest.skipped.remote([row["position"] for row in bad])
         if positions:
-            self.monitor.audit.remote(min(positions), max(positions) + 1, bad, take_retries())
+            self.monitor.audit.remote(min(positions), max(positions) + 1, bad)
+        tell_retries(self.monitor)
         return done.filter(usable)

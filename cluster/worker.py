@@ -25,7 +25,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.monitor import Verdict
-from cluster.pipeline import Ingest, Stored, share_of
+from cluster.pipeline import Ingest, Stored, share_of, tell_retries
 from cluster.session import root_cause
 from unimrg.backends import choose_attention
 from unimrg.checkpoint import (
@@ -332,6 +332,7 @@ class _Worker:
         if progress is None:
             return
         self.watchdog.alive()
+        tell_retries(self.monitor)
         name = step_name(progress.step, self.ranks)
         self.checkpoint_values["checkpoint_step"] = progress.step
         if self.rank == 0:

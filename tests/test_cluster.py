@@ -251,7 +251,8 @@ def test_faults_of_storage_cost_retries_and_nothing_else(
         broken = proxy.count()
     folder = tmp_path / "outputs" / "run"
     counted = read_jsonl(folder / "metrics.jsonl")[-1]
-    assert 0 < sum(counted[f"retries/{reason}"] for reason in ("slow-down", "server-error")) <= broken
+    retries = sum(counted[f"retries/{reason}"] for reason in ("slow-down", "server-error"))
+    assert broken / 2 < retries <= broken  # those of the driver and after the last step are nobody's
     assert weights_digest(folder / "model") == weights_digest(undisturbed / "model")
 
 
