@@ -22,7 +22,13 @@ from unimrg.data.manifest import build_index
 from unimrg.data.order import split_held_out
 from unimrg.data.stages import PADDING, Sources
 from unimrg.errors import DataError
-from unimrg.storage import Store
+from unimrg.storage import Store, take_retries
+
+
+@pytest.fixture(autouse=True)
+def no_retries_left() -> None:
+    """Whatever this process had to ask storage for again before, nobody listens here."""
+    take_retries()
 
 
 def manifest(folder: Path, name: str, count: int, images: bool = True) -> str:

@@ -404,3 +404,23 @@ def test_concurrent_writers(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert store.read_bytes("x") in data
+
+
+def test_listing_a_folder_that_is_being_made_never_fails(tmp_path: Path) -> None:
+    """Somebody looks for the first checkpoint of a run that is about to write it."""
+    store, folder = Store.at(str(tmp_path)), tmp_path / "soon"
+    ended = threading.Event()
+
+    def make_and_remove() -> None:
+        while not ended.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    maker = threading.Thread(target=make_and_remove)
+    maker.start()
+    try:
+        for _ in range(3000):
+            assert store.list("soon") == []
+    finally:
+        ended.set()
+        maker.join()

@@ -628,10 +628,17 @@ class _Reader(io.RawIOBase):
 
 def _listed(filesystem: pafs.FileSystem, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
     """One attempt to list a folder; pyarrow takes a page of HTML for none, so that has to be said twice."""
-    infos = filesystem.get_file_info(selector)
-    if not infos and filesystem.get_file_info(selector):
+    infos = _look(filesystem, selector)
+    if not infos and _look(filesystem, selector):
         raise CutShort("the store says now that the folder is empty, now that it isn't")
     return infos
+
+
+def _look(filesystem: pafs.FileSystem, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+    try:
+        return filesystem.get_file_info(selector)
+    except FileNotFoundError:  # Arrow looks twice at a local folder, which may be made or removed in between
+        return []
 
 
 def _parts(path: str) -> list[str]:
