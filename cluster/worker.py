@@ -28,6 +28,7 @@ from cluster.monitor import Verdict
 from cluster.pipeline import Ingest, Stored, share_of, tell_retries
 from cluster.session import root_cause
 from unimrg.backends import choose_attention
+from unimrg.balance import make_balancer
 from unimrg.checkpoint import (
     Progress,
     Saver,
@@ -126,6 +127,8 @@ class _Worker:
         self.saver = Saver(self.store.child(CHECKPOINTS))
         self.watchdog = Watchdog(config.cluster.hang_seconds, self._tell_hang)
         self.totals: list[float] = []
+        weights = config.weights
+        self.balancer = make_balancer(weights.balance, weights.by_task(), weights.balance_rate)
         self.position = 0
         self.warned = False
         self.saved_step = -1
@@ -186,6 +189,7 @@ class _Worker:
                         stop=lambda: self._verdict().stop,
                         pause=lambda: self._verdict().pause,
                         health=Health(self.config.train),
+                        balancer=self.balancer,
                     )
                 return
             except LossSpike as spike:
@@ -253,6 +257,7 @@ class _Worker:
             "position": output.position,
             **{f"loss/{task}": output.losses.get(task) for task in Task},
             "loss/total": output.total,
+            **(self._moved_weights(output)),
             "grad_norm": output.grad_norm,
             "learning_rate": output.learning_rate,
             "workers": self.ranks,
@@ -262,6 +267,10 @@ class _Worker:
             "timestamp": time.time(),
         }
         self.verdict = self.monitor.write.remote(record)
+
+    def _moved_weights(self, output: StepOutput) -> dict[str, float]:
+        """The weights of this step, for the metrics, where they move."""
+        return {f"weight/{task}": output.weights[task] for task in self.balancer.tasks if self.balancer.moves}
 
     def _verdict(self) -> Verdict:
         """What the monitor said to the last record; asked a step late, so that nobody waits for it."""
@@ -304,6 +313,7 @@ class _Worker:
         check_same_order(read_progress(self.saver.store, name), to_plain(self.config))
         progress = restore(self.saver.store, name, engine)
         self.position = progress.position
+        self.balancer.load(progress.balance)
         if progress.ranks != self.ranks:  # else the random states are those of the checkpoint
             torch.manual_seed(self.config.seed + 7919 * self.rank + 104729 * progress.step)
 
@@ -321,6 +331,7 @@ class _Worker:
             redacted(self.config),
             loss=sum(finite) / len(finite) if finite else None,
             updates=self.engine.updates(),
+            balance=self.balancer.state(),
         )
         started = time.perf_counter()
         self._commit(self.saver.finish(wait=True))
@@ -364,7 +375,7 @@ class _Worker:
         if self.rank == 0:
             for later in names[names.index(name) + 1 :]:
                 store.delete(later)
-        restore(store, name, self.engine)
+        self.balancer.load(restore(store, name, self.engine).balance)
         self.position, self.saved_step = spike.position, -1
         if self.rank == 0:
             detail = f"{spike}; back to {name}, on with the samples from {spike.position} on"

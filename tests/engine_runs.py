@@ -474,6 +474,7 @@ def plain(output: StepOutput) -> dict[str, Any]:
     values = asdict(output)
     values["suspects"] = list(output.suspects)
     values["losses"] = {str(task): loss for task, loss in output.losses.items()}
+    values["weights"] = {str(task): weight for task, weight in output.weights.items()}
     return values
 
 

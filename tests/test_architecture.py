@@ -35,6 +35,7 @@ LAYERS = (
         "teachers",
         "families",
         "losses",
+        "balance",
         "pieces",
         "engine",
         "checkpoint",

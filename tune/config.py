@@ -11,8 +11,8 @@ from unimrg.errors import ConfigError
 SEARCHING = ("tpe", "nsga2", "random", "grid", "asha")
 """Strategies that look for weights."""
 
-BASELINES = ("equal",)
-"""Strategies that don't: the budget goes into the learning rate."""
+BASELINES = ("equal", "uncertainty", "gradnorm", "famo")
+"""Strategies that don't: the budget goes into the learning rate. All but the first balance in training."""
 
 
 @dataclass
@@ -64,8 +64,9 @@ class SearchOptions:
     strategies: list[str] = field(
         default_factory=lambda: ["tpe", "equal"],
         metadata={
-            "help": "compared on equal budgets: of tpe, nsga2, random, grid, asha; and equal, which "
-            "keeps all weights equal and tunes the learning rate instead"
+            "help": "compared on equal budgets: of tpe, nsga2, random, grid, asha; and of equal, which keeps "
+            "all weights equal and tunes the learning rate instead, uncertainty, gradnorm and famo, which "
+            "do so and balance in training (weights.balance)"
         },
     )
     trials: int = knob(6, "budget of each strategy, in trainings of full length")

@@ -50,7 +50,7 @@ def make_strategy(name: str, config: SearchConfig) -> Strategy:
             )
         return Listed(points)
     space = rates(config) if name in BASELINES else searched(config)
-    fixed = equal_weights(config) if name in BASELINES else {}
+    fixed = baseline(name, config) if name in BASELINES else {}
     first = centre(config, space)
     sampler = make_sampler(name, options.trials, seed)
     strategy = Sampled(sampler, space, options.objectives, first, fixed, options.trials)
@@ -60,10 +60,11 @@ def make_strategy(name: str, config: SearchConfig) -> Strategy:
     return Halving(strategy, config.train.steps * options.trials, rungs, options.reduction)
 
 
-def equal_weights(config: SearchConfig) -> Changes:
-    """All tasks that are trained count as much as understanding."""
+def baseline(name: str, config: SearchConfig) -> Changes:
+    """All tasks that are trained count as much as understanding, or do so before balancing moves them."""
     one = config.weights.understanding or 1.0
-    return {f"weights.{task}": one for task in WEIGHTS if getattr(config.weights, task)}
+    equal: Changes = {f"weights.{task}": one for task in WEIGHTS if getattr(config.weights, task)}
+    return equal if name == "equal" else equal | {"weights.balance": name}
 
 
 def make_sampler(name: str, trials: int, seed: int) -> Any:

@@ -19,7 +19,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +49,8 @@ class Progress:
     """Where a run stands. step: optimiser steps done. position: the next sample of the epochs' order.
 
     ranks: how many processes wrote it. config: the resolved configuration, without secrets. loss: mean of the
-    steps since the checkpoint before, if it is known. updates: steps that changed the weights.
+    steps since the checkpoint before, if it is known. updates: steps that changed the weights. balance: state
+    of what moves the tasks' weights (`balance.Balancer.state`).
     """
 
     step: int
@@ -58,6 +59,7 @@ class Progress:
     config: dict[str, Any]
     loss: float | None = None
     updates: int = 0
+    balance: dict[str, Any] = field(default_factory=dict)
 
 
 # -- names ---------------------------------------------------------------------------------------------------

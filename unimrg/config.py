@@ -356,10 +356,20 @@ class WeightsConfig:
     pixel: float = knob(1.0, "redraw the image")
     depth: float = knob(1.0, "draw its depth map")
     segmentation: float = knob(1.0, "draw its region boundaries")
+    balance: str = knob(
+        "none", "weights that follow the losses from these on: none, uncertainty, gradnorm or famo"
+    )
+    balance_rate: float = knob(0.025, "how fast they do: the learning rate of the balancing, above 0")
 
     def check(self) -> None:
         for task, weight in self.by_task().items():
             require(f"weights.{task}", weight, 0)
+        require_choice("weights.balance", self.balance, ("none", "uncertainty", "gradnorm", "famo"))
+        require("weights.balance_rate", self.balance_rate, 0, above=True)
+        if self.balance != "none" and len(self.active()) == 1:
+            raise ConfigError(
+                f"weights.balance={self.balance} needs two tasks; give another weight above 0, or set none"
+            )
         if not self.active():
             raise ConfigError("weights: all four are 0, so there is nothing to train; set one above 0")
 
@@ -575,6 +585,11 @@ class RunConfig:
         for part in parts:
             getattr(self, part).check()
         self._check_labels()
+        if self.weights.balance == "gradnorm" and self.engine.name != "torch":
+            raise ConfigError(
+                "weights.balance=gradnorm takes gradients of single tasks, which DeepSpeed takes for the end "
+                "of a step; set engine=torch, or weights.balance to uncertainty or famo"
+            )
         if self.data.geometry == "published" and not self.train.published_prompts:
             raise ConfigError(
                 "data.geometry is `published`, where drawings start from another picture than questions; "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from unimrg.balance import Balancer, SharedGradients
 from unimrg.config import TrainConfig
 from unimrg.engine import Engine, gather, world
 from unimrg.errors import DataError
@@ -34,9 +35,10 @@ class StepOutput:
     flops: of all ranks, forward and backward, by formula (`unimrg.flops`): nothing twice that was recomputed.
     peak_memory: bytes, the most that any rank has needed so far (`hardware.peak_memory`).
     started, ready, ended: values of `time.perf_counter()`: batch asked for, batch there, update done.
-    truncated: conversations cut at the maximum length. wrong: what is wrong with the step ("skipped": loss or
-    gradient wasn't finite and nothing was updated, "spike"), or "". suspects: ids of the samples of a step
-    that went wrong, only those of the workers whose loss wasn't finite if there are any.
+    truncated: conversations cut at the maximum length. weights: of the tasks in this step. wrong: what is
+    wrong with the step ("skipped": loss or gradient wasn't finite and nothing was updated, "spike"), or "".
+    suspects: ids of the samples of a step that went wrong, only those of the workers whose loss wasn't finite
+    if there are any.
     """
 
     step: int
@@ -53,12 +55,16 @@ class StepOutput:
     ready: float
     ended: float
     truncated: int
+    weights: Mapping[Task, float]
     wrong: str = ""
     suspects: tuple[str, ...] = ()
 
 
 def train_step(
-    engine: Engine, batches: Sequence[Batch], weights: Mapping[Task, float]
+    engine: Engine,
+    batches: Sequence[Batch],
+    weights: Mapping[Task, float],
+    gradients: SharedGradients | None = None,
 ) -> tuple[dict[Task, Tensor], float | Tensor, dict[Task, float]]:
     """One optimiser step over accumulated micro-batches.
 
@@ -69,6 +75,8 @@ def train_step(
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         losses = engine.forward(batch.to(engine.device, engine.attention), last)
+        if gradients:
+            gradients.add(losses)
         total = combine(losses, weights, counts, engine.ranks)
         # Times one, or times NaN where the loss isn't finite: then no gradient is, on any rank, and the
         # engines skip the update without anybody waiting for a number.
@@ -96,18 +104,21 @@ def fit(
     stop: Callable[[], str] = str,
     pause: Callable[[], bool] = bool,
     health: Health | None = None,
+    balancer: Balancer | None = None,
 ) -> None:
     """Train until `steps` optimiser steps are done (those of a resumed engine count).
 
     batches: micro-batches of one step at a time, the same number on every rank. observe: called after every
     step; save: every `save_every` steps and after the last one. stop: a reason to give up, or "". pause:
     whether to save now and return before the end. health: how much may go wrong; by default as much as by the
-    default configuration.
+    default configuration. balancer: moves the weights from step to step, in place of `weights`.
     Raises DataError, on every rank, when one gives up, the batches end too early, or too many updates in a
     row were skipped; LossSpike when it is time to go back.
     """
     source = iter(batches)
     health = health or Health(TrainConfig())
+    balancer = balancer or Balancer(weights)
+    gradients = SharedGradients(engine.model.shared_layer) if balancer.needs_gradients else None
     unsaved: StepOutput | None = None
     while engine.steps_done < steps:
         started = time.perf_counter()
@@ -118,14 +129,23 @@ def fit(
                 save(unsaved)
             return
         assert micro_batches is not None
-        sums, norm, counts = train_step(engine, micro_batches, weights)
-        output = _summarise(engine, micro_batches, weights, (sums, norm, counts), (started, ready), health)
+        result = train_step(engine, micro_batches, balancer.weights(), gradients)
+        output = _summarise(engine, micro_batches, balancer.weights(), result, (started, ready), health)
+        balancer.update(output.losses, _norms(gradients, result[2]) if gradients else {})
         observe(output)
         _check(output, health)
         unsaved = output
         if engine.steps_done == steps or (save_every and engine.steps_done % save_every == 0):
             save(output)
             unsaved = None
+
+
+def _norms(gradients: SharedGradients, counts: Mapping[Task, float]) -> dict[Task, float]:
+    """Of the gradients of every task's global mean loss."""
+    squares = gradients.take()
+    rows = gather([float(squares.get(task, 0.0)) for task in Task])
+    columns = zip(Task, zip(*rows, strict=True), strict=True)
+    return {task: math.sqrt(sum(column)) / counts[task] for task, column in columns if counts[task]}
 
 
 def _agree_to_go_on(reason: str, pause: bool) -> bool:
@@ -209,6 +229,7 @@ def _summarise(
         ready=times[1],
         ended=time.perf_counter(),
         truncated=int(sum(cut)),
+        weights=weights,
         wrong=wrong,
         suspects=_suspects(batches, all(map(math.isfinite, mine))) if wrong else (),
     )

@@ -188,6 +188,14 @@ class Family(PreTrainedModel):
         """What transformers' own methods for the same call."""
         self.prepare_blocks("full" if enable else "none")
 
+    SHARED = ""
+    """Name of the module whose output is the last that the losses of all tasks are computed from."""
+
+    @property
+    def shared_layer(self) -> torch.nn.Module:
+        """The module named by `SHARED`, with adapters on it or not; it puts out hidden states [..., H]."""
+        return self.get_submodule(self.SHARED)
+
     # -- frozen codes ----------------------------------------------------------------------------------------
 
     @property

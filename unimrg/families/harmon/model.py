@@ -72,6 +72,7 @@ class Harmon(Family):
 
     NO_DECAY = ("diffloss",)
     PARTS = ("llm", "mar_encoder", "mar_decoder", "proj_in", "proj_out")
+    SHARED = "llm.model.norm"
     BLOCKS = (
         "mar.encoder_blocks",
         "llm.model.layers",

@@ -55,6 +55,7 @@ class Janus(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "aligner", "llm", "generation")
+    SHARED = "janus.model.language_model.norm"
     BLOCKS = ("janus.model.vision_model.encoder.layers", "janus.model.language_model.layers")
     LORA_TARGETS = ("janus.model.language_model.*_proj",)
 

@@ -62,6 +62,7 @@ class OpenUni(Family):
     _supports_sdpa = True
 
     PARTS = ("vision", "mlp1", "llm", "queries", "connector", "projector", "sana")
+    SHARED = "lmm.model.language_model.norm"
     BLOCKS = (
         "lmm.model.vision_tower.encoder.layer",
         "lmm.model.language_model.layers",

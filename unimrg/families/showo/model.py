@@ -44,6 +44,7 @@ class Showo(Family):
     _supports_sdpa = True
 
     PARTS = ("llm", "projector")
+    SHARED = "showo.model.final_layernorm"
     BLOCKS = ("showo.model.layers",)
     LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
