@@ -257,7 +257,7 @@ class _Worker:
             "position": output.position,
             **{f"loss/{task}": output.losses.get(task) for task in Task},
             "loss/total": output.total,
-            **(self._moved_weights(output)),
+            **self._moved_weights(output),
             "grad_norm": output.grad_norm,
             "learning_rate": output.learning_rate,
             "workers": self.ranks,

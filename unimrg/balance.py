@@ -70,7 +70,7 @@ class Balancer:
         A step with a loss that isn't finite teaches nothing.
         """
         there = {task: losses[task] for task in self.tasks if task in losses}
-        if not self.moves or not there or not all(map(math.isfinite, (*there.values(), *gradients.values()))):
+        if not there or not all(map(math.isfinite, (*there.values(), *gradients.values()))):
             return
         for task, slope in self._slopes(there, gradients).items():
             self._descend(task, slope)
@@ -96,8 +96,8 @@ class Balancer:
         return dict.fromkeys(self.tasks, 1.0)
 
     def _slopes(self, losses: Mapping[Task, float], gradients: Mapping[Task, float]) -> dict[Task, float]:
-        """Derivative of what is minimised by the number of each task."""
-        raise NotImplementedError
+        """Derivative of what is minimised by the number of each task; fixed weights minimise nothing."""
+        return {}
 
     def _descend(self, task: Task, slope: float) -> None:
         first, second, count = self._moments[task]

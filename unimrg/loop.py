@@ -129,8 +129,9 @@ def fit(
                 save(unsaved)
             return
         assert micro_batches is not None
-        result = train_step(engine, micro_batches, balancer.weights(), gradients)
-        output = _summarise(engine, micro_batches, balancer.weights(), result, (started, ready), health)
+        weights = balancer.weights()
+        result = train_step(engine, micro_batches, weights, gradients)
+        output = _summarise(engine, micro_batches, weights, result, (started, ready), health)
         balancer.update(output.losses, _norms(gradients, result[2]) if gradients else {})
         observe(output)
         _check(output, health)
