@@ -181,7 +181,7 @@ class _Worker:
                     fit(
                         engine,
                         self.watchdog.resting(batches),
-                        self.config.weights.by_task(),
+                        self.balancer,
                         self.until,
                         observe=self._observe,
                         save=self._save,
@@ -189,7 +189,6 @@ class _Worker:
                         stop=lambda: self._verdict().stop,
                         pause=lambda: self._verdict().pause,
                         health=Health(self.config.train),
-                        balancer=self.balancer,
                     )
                 return
             except LossSpike as spike:

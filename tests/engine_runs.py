@@ -30,6 +30,7 @@ import torch.distributed as dist
 from tests import families
 from tests.tiny_harmon import micro, random_model, random_sample, tokenizer
 from unimrg import engine as engines
+from unimrg.balance import make_balancer
 from unimrg.config import EngineConfig, FamilyConfig, LoraConfig, TrainConfig, WeightsConfig
 from unimrg.consolidate import save_adapters, save_model
 from unimrg.engine import (
@@ -167,6 +168,15 @@ def train(
         "weights": whole,
         "frequencies": made.model.get_buffer("llm.model.rotary_emb.inv_freq").clone(),
     }
+
+
+def train_balanced(engine: str, balance: str) -> dict[str, Any]:
+    """Three steps with weights that move."""
+    made, processor = make(engine, train_config())
+    seen: list[StepOutput] = []
+    balancer = make_balancer(balance, WEIGHTS.by_task(), 0.1)
+    fit(made, batches(processor, 0, 3, 1), balancer, 3, observe=seen.append)
+    return {"steps": [plain(output) for output in seen], "weights": made.weights()}
 
 
 def train_any(

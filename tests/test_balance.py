@@ -127,7 +127,7 @@ def test_training_moves_the_weights_and_resumes_exactly(name: str) -> None:
     def run(first: int, last: int, accumulation: int, made: Any, balancer: Balancer) -> list[StepOutput]:
         seen: list[StepOutput] = []
         steps = batches(made[1], first, last, accumulation)
-        fit(made[0], steps, {}, last, observe=seen.append, balancer=balancer)
+        fit(made[0], steps, balancer, last, observe=seen.append)
         return seen
 
     def balancer() -> Balancer:

@@ -29,6 +29,8 @@ FROZEN = ("vae.", "mar.class_emb.")
 OFFLOADED = ("zero1-offload", "zero2-offload", "zero3-offload")
 RUNS = [(ranks, f"{name}-{micros}") for ranks in (1, 2) for name in ENGINES for micros in (1, 2)]
 RUNS += [(2, f"{name}-2") for name in OFFLOADED]
+BALANCED = [("torch", name) for name in ("uncertainty", "gradnorm", "famo")]
+BALANCED += [(engine, name) for engine in ("zero2", "zero3") for name in ("uncertainty", "famo")]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,10 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Group]:
         two[f"{name}-understanding"] = ("train", {"engine": name, "understanding_only": True})
     for name in OFFLOADED:
         two[f"{name}-2"] = ("train", {"engine": name, "accumulation": 2})
+    for name, balance in BALANCED:
+        two[f"{name}-{balance}"] = ("train_balanced", {"engine": name, "balance": balance})
+        if name == "torch":
+            alone[f"{name}-{balance}"] = two[f"{name}-{balance}"]
     for name in ("torch", "zero2"):
         alone[f"{name}-bfloat16"] = ("train", {"engine": name, "precision": "bfloat16"})
     started = {1: Group(folder / "one", 1, alone), 2: Group(folder / "two", 2, two)}
@@ -104,6 +110,19 @@ def test_frozen_parts_stay_bit_identical(
         weights = groups[2].result(run)["weights"]
         still = {key for key, tensor in weights.items() if torch.equal(tensor, initial[key])}
         assert still == {key for key in initial if key.startswith(frozen)}
+
+
+@pytest.mark.parametrize(("engine", "balance"), BALANCED)
+def test_balancing_moves_the_weights_alike(groups: dict[int, Group], engine: str, balance: str) -> None:
+    """Two ranks, sharded or not, as one process: what a balancer learns from is global."""
+    expected, found = groups[1].result(f"torch-{balance}"), groups[2].result(f"{engine}-{balance}")
+    for mine, reference in zip(found["steps"], expected["steps"], strict=True):
+        assert mine["weights"] == pytest.approx(reference["weights"], rel=1e-4)
+        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert found["steps"][0]["weights"] != pytest.approx(found["steps"][2]["weights"], rel=1e-3)
+    assert (
+        groups[2].result(f"{engine}-{balance}", rank=1)["steps"][2]["weights"] == found["steps"][2]["weights"]
+    )
 
 
 @pytest.mark.parametrize("name", ENGINES)

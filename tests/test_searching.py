@@ -86,7 +86,8 @@ class Search:
 
     def kill(self) -> None:
         """kill -9 of the driver; what it started follows by itself."""
-        family = self.process.children(recursive=True)
+        # Ray's agents look only now and then whether their node is still there, and hold nothing.
+        family = [p for p in self.process.children(recursive=True) if not p.name().endswith("Agent")]
         self.process.kill()
         self.process.wait(LIMIT)
         _, left = psutil.wait_procs(family, timeout=60)
@@ -223,7 +224,7 @@ def nodes(**head: Any) -> Iterator[Any]:
     """A cluster on this machine, of a head to which nodes can be added."""
     from ray.cluster_utils import Cluster
 
-    room = {"object_store_memory": MEMORY, "include_dashboard": False, "port": free_port()}
+    room = {"object_store_memory": MEMORY, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=room | head)
     try:
         yield cluster

@@ -96,7 +96,7 @@ def global_counts(batches: Sequence[Batch]) -> dict[Task, float]:
 def fit(
     engine: Engine,
     batches: Iterable[Sequence[Batch]],
-    weights: Mapping[Task, float],
+    weights: Mapping[Task, float] | Balancer,
     steps: int,
     observe: Callable[[StepOutput], None] = lambda output: None,
     save: Callable[[StepOutput], None] = lambda output: None,
@@ -104,20 +104,19 @@ def fit(
     stop: Callable[[], str] = str,
     pause: Callable[[], bool] = bool,
     health: Health | None = None,
-    balancer: Balancer | None = None,
 ) -> None:
     """Train until `steps` optimiser steps are done (those of a resumed engine count).
 
-    batches: micro-batches of one step at a time, the same number on every rank. observe: called after every
-    step; save: every `save_every` steps and after the last one. stop: a reason to give up, or "". pause:
-    whether to save now and return before the end. health: how much may go wrong; by default as much as by the
-    default configuration. balancer: moves the weights from step to step, in place of `weights`.
+    batches: micro-batches of one step at a time, the same number on every rank. weights: of the tasks, fixed
+    or moved by a balancer. observe: called after every step; save: every `save_every` steps and after the
+    last one. stop: a reason to give up, or "". pause: whether to save now and return before the end. health:
+    how much may go wrong; by default as much as by the default configuration.
     Raises DataError, on every rank, when one gives up, the batches end too early, or too many updates in a
     row were skipped; LossSpike when it is time to go back.
     """
     source = iter(batches)
     health = health or Health(TrainConfig())
-    balancer = balancer or Balancer(weights)
+    balancer = weights if isinstance(weights, Balancer) else Balancer(weights)
     gradients = SharedGradients(engine.model.shared_layer) if balancer.needs_gradients else None
     unsaved: StepOutput | None = None
     while engine.steps_done < steps:
@@ -129,9 +128,9 @@ def fit(
                 save(unsaved)
             return
         assert micro_batches is not None
-        weights = balancer.weights()
-        result = train_step(engine, micro_batches, weights, gradients)
-        output = _summarise(engine, micro_batches, weights, result, (started, ready), health)
+        now = balancer.weights()
+        result = train_step(engine, micro_batches, now, gradients)
+        output = _summarise(engine, micro_batches, now, result, (started, ready), health)
         balancer.update(output.losses, _norms(gradients, result[2]) if gradients else {})
         observe(output)
         _check(output, health)
