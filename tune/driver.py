@@ -51,10 +51,11 @@ def search(config: SearchConfig, usual: RunConfig) -> int:
     Campaign(config, lag=1)  # strategies and budget that don't go together are told before anything starts
     given = copy.deepcopy(config)
     make_absolute(config)
+    asked = redacted(config)  # before anything is filled in that depends on the cluster
     check_weights(config)
     store = run_store(config)
     store.check_writable()
-    before = _begun(config, store)
+    before = _begun(config, asked, store)
     prepare_data(config)
     check_data(config)
     with ray_session(ON_CPUS * LAPTOP_CPUS) as logs:
@@ -64,7 +65,7 @@ def search(config: SearchConfig, usual: RunConfig) -> int:
             label_all(config, logs)
         shared = _share(config, gpus, lag)
         if not before:
-            store.write_bytes(BEGUN, json.dumps({"config": redacted(config), "lag": lag}).encode())
+            store.write_bytes(BEGUN, json.dumps({"config": asked, "lag": lag}).encode())
         records = Records(store)
         campaign = Campaign(config, lag, records.read())
         outcome = Outcome(config, (given, usual), campaign, local_folder(config), logs)
@@ -75,8 +76,11 @@ def search(config: SearchConfig, usual: RunConfig) -> int:
     return 0
 
 
-def _begun(config: SearchConfig, store: Store) -> dict[str, Any] | None:
-    """What was stored when a search of this name began; None if it is new. Raises ConfigError."""
+def _begun(config: SearchConfig, asked: dict[str, Any], store: Store) -> dict[str, Any] | None:
+    """What was stored when a search of this name began; None if it is new. Raises ConfigError.
+
+    asked: the configuration as it was given, plain.
+    """
     begun = store.exists(BEGUN)
     if begun and not config.search.resume:
         raise ConfigError(
@@ -91,7 +95,7 @@ def _begun(config: SearchConfig, store: Store) -> dict[str, Any] | None:
     if not begun:
         return None
     stored: dict[str, Any] = json.loads(store.read_bytes(BEGUN))
-    now, then = (dict(_flat(plain)) for plain in (redacted(config), stored["config"]))
+    now, then = (dict(_flat(plain)) for plain in (asked, stored["config"]))
     for key in now.keys() | then.keys():
         if now.get(key) != then.get(key) and not key.startswith(FREE):
             raise ConfigError(
