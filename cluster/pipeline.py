@@ -149,6 +149,11 @@ def open_order(config: RunConfig, manifests: Sequence[Manifest]) -> Order:
     return Order(epochs, data.shares or [1.0] * len(epochs), config.seed)
 
 
+def data_cpus(config: RunConfig) -> float:
+    """Logical CPUs without which the pipeline of one worker group would stand still."""
+    return READ_CPUS * (config.data.readers if uses_store(config) else 1) + PREPARE_CPUS + 2 * CUT_CPUS
+
+
 def samples_needed(config: RunConfig, samples: int) -> int:
     """Rows to prepare so that `samples` usable ones are among them, as far as the run may lose any."""
     return (

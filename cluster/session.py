@@ -38,7 +38,7 @@ def ray_session(cpus: int = LAPTOP_CPUS) -> Iterator[str]:
     if ray.is_initialized():
         yield "the running Ray session"
         return
-    _quiet()
+    _quiet(cpus)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -93,7 +93,7 @@ def gpus_of_cluster() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _quiet() -> None:
+def _quiet(cpus: int) -> None:
     """Settings Ray reads at start: fewer words on the terminal, faster polls than its defaults."""
     # Not at the top: workers import this module, and few of them need models.
     from transformers.utils.logging import disable_progress_bar
@@ -105,7 +105,7 @@ def _quiet() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one of Ray Tune can't be turned off
     # Teachers, trainer and pipelines are many processes; above four times this number Ray warns of them.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(3 * cpus // 4))
     for name, value in STORAGE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("ray.train", "ray.tune"):

@@ -256,10 +256,12 @@ def test_lost_node(words: list[str], undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_resources_than_trials_want(words: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    """Four trials at once where two CPUs are: they wait for each other's workers, and none for ever."""
+    """Four trials at once where two CPUs are: as many run as have room for their data too, none for ever."""
     with nodes(num_cpus=2) as cluster:
         search = Search(tmp_path, *words, "search.concurrent=4", address=cluster.address)
         assert search.end() == 0, search.log.read_text()
+        more = Search(tmp_path, *words, "name=more", "cluster.workers=4", address=cluster.address)
+        assert more.end() == 2 and "a trial needs" in more.log.read_text(), more.log.read_text()
     found = {row["id"]: row for row in table(Store.at(str(search.folder)))}
     start = next(row for row in table(Store.at(str(undisturbed))) if row["id"] == "start")
     assert found["start"] == start

@@ -84,7 +84,10 @@ class SearchOptions:
         default_factory=lambda: [0.25, 0.5],
         metadata={"help": "of asha: shares of the steps after which trials are compared"},
     )
-    concurrent: int = knob(0, "trials at once; 0 = as many as GPUs allow, two on a machine without any")
+    concurrent: int = knob(
+        0,
+        "trials at once, fewer where these have no room; 0 = as GPUs allow, two without",
+    )
     validation: float = knob(
         0.5, "share of the held-out pictures that the search may see; the rest judges its outcome, 0..1"
     )

@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from cluster.held_out import load_held_out
 from cluster.label_job import label_all
-from cluster.pipeline import uses_store
+from cluster.pipeline import data_cpus, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.session import LAPTOP_CPUS, gpus_of_cluster, node_resource, ray_session
 from cluster.trainer import local_folder
@@ -68,9 +68,10 @@ def search(config: SearchConfig, usual: RunConfig) -> int:
             store.write_bytes(BEGUN, json.dumps({"config": asked, "lag": lag}).encode())
         records = Records(store)
         campaign = Campaign(config, lag, records.read())
+        at_once = min(lag, _fitting(config, gpus))
         outcome = Outcome(config, (given, usual), campaign, local_folder(config), logs)
-        outcome.begin()
-        _run(config, campaign, records, shared, outcome)
+        outcome.begin(at_once)
+        _run(config, campaign, records, shared, outcome, at_once)
         _clean_up(config, campaign)
     outcome.end(store, time.monotonic() - began)
     return 0
@@ -114,11 +115,29 @@ def _flat(plain: dict[str, Any], before: str = "") -> Any:
 
 
 def _at_once(config: SearchConfig, gpus: int) -> int:
-    """How many trials run at once."""
+    """How many trials are to run at once; the proposals depend on it, so a resumed search keeps it."""
     if config.search.concurrent:
         return config.search.concurrent
-    config.cluster.workers = config.cluster.workers or 1
-    return max(1, int(gpus / (config.cluster.workers * config.cluster.gpus_per_worker))) if gpus else ON_CPUS
+    return _fitting(config, gpus) if gpus else ON_CPUS
+
+
+def _fitting(config: SearchConfig, gpus: int) -> int:
+    """How many trials have room at once, for their workers and for the data of these.
+
+    With more, workers would hold what their own data waits for. Raises ConfigError when not one has room.
+    """
+    asked, workers = config.cluster, config.cluster.workers or 1
+    there = {"CPU": ray.cluster_resources().get("CPU", 0.0)}
+    needed = {"CPU": workers * asked.cpus_per_worker + data_cpus(config)}
+    if gpus:
+        there["GPU"], needed["GPU"] = gpus, workers * asked.gpus_per_worker
+    scarce = min(needed, key=lambda kind: there[kind] / needed[kind])
+    if there[scarce] < needed[scarce]:
+        raise ConfigError(
+            f"a trial needs {needed[scarce]:g} {scarce}s for {workers} worker(s) and its data, but the "
+            f"cluster has {there[scarce]:g}; add nodes, or lower cluster.workers"
+        )
+    return int(there[scarce] / needed[scarce])
 
 
 def _share(config: SearchConfig, gpus: int, lag: int) -> Shared:
@@ -210,7 +229,12 @@ class _Proposer(Searcher):
 
 
 def _run(
-    config: SearchConfig, campaign: Campaign, records: Records, shared: Shared, outcome: Outcome
+    config: SearchConfig,
+    campaign: Campaign,
+    records: Records,
+    shared: Shared,
+    outcome: Outcome,
+    at_once: int,
 ) -> None:
     """Every trial that isn't finished, on Ray Tune. Raises UnimrgError when it is no use to go on."""
     proposer = _Proposer(campaign, records, outcome)
@@ -220,7 +244,7 @@ def _run(
             # On the driver's machine, where the folders of the runs are; its workers may be anywhere.
             ray.tune.with_resources(trainable, {"CPU": 0, node_resource(): 0.001}),
             tune_config=ray.tune.TuneConfig(
-                search_alg=proposer, num_samples=-1, max_concurrent_trials=campaign.lag
+                search_alg=proposer, num_samples=-1, max_concurrent_trials=at_once
             ),
             run_config=ray.tune.RunConfig(
                 name=config.name,

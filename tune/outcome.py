@@ -52,12 +52,12 @@ class Outcome:
 
     # -- while it runs ---------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """The head of the table, and what was finished before."""
+    def begin(self, at_once: int) -> None:
+        """The head of the table, and what was finished before. at_once: trials that have room."""
         options = self.config.search
         print(
             f"search {self.config.name}: {', '.join(options.strategies)}, {options.trials} trainings of "
-            f"{self.config.train.steps} steps each, {self.campaign.lag} at once; {self.folder}; "
+            f"{self.config.train.steps} steps each, {at_once} at once; {self.folder}; "
             f"Ray's logs: {self.logs}",
             flush=True,
         )

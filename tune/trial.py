@@ -129,7 +129,8 @@ def _score(config: RunConfig, shared: Shared, phase: str, folder: Path) -> Any:
     """(values, answers) of the run's model, measured by a task on a device of the cluster."""
     gpus = config.cluster.gpus_per_worker if shared.gpus else 0
     # Anywhere: a trial's own placement is its place on the driver's machine, and nothing else.
-    task = ray.remote(score_run).options(num_gpus=gpus, scheduling_strategy="DEFAULT")
+    room = {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}  # what a worker just gave back
+    task = ray.remote(score_run).options(**room, scheduling_strategy="DEFAULT")
     values, answers = ray.get(task.remote(to_plain(config), shared.parts[phase]))
     times = [row["step_seconds"] for row in read_jsonl(folder / "metrics.jsonl")]
     values["samples_per_second"] = config.train.batch_size / statistics.median(times)
