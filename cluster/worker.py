@@ -142,7 +142,9 @@ class _Worker:
         family = load_family(self.config.family.name)
         tasks = self.config.weights.active()
         with _together(), localized(self.config.family, self.config.s3.store()) as local:
-            model, tokenizer = family.build(local, self.config.seed)
+            # What ZeRO-3 cuts, it changes one parameter at a time: none is copied before.
+            dtype = None if self.config.engine.cuts_weights else torch.float32
+            model, tokenizer = family.build(local, self.config.seed, dtype)
             model.freeze(self.config.family.freeze, tasks)
             model.set_grad_scale(self.config.family.grad_scale)
             adapt(model, self.config.family.lora, tasks, self.config.seed)

@@ -47,6 +47,8 @@ from unimrg.errors import DataError
 from unimrg.families import load_family, vocabulary
 from unimrg.families.base import Family, Processor
 from unimrg.families.harmon import Harmon, HarmonProcessor
+from unimrg.families.harmon.checkpoint import from_published
+from unimrg.families.harmon.config import HarmonConfig
 from unimrg.loop import StepOutput, fit, global_counts, train_step
 from unimrg.lora import adapt, merged
 from unimrg.losses import TaskLoss
@@ -428,10 +430,9 @@ def consolidate(
     return {"merged": merged(made.model, whole) if whole else {}, "asked": asked, "adapted": adapted}
 
 
-def shard_folder(folder: str) -> dict[str, Any]:
-    """Cut a stored model into the ranks' pieces; by how many bytes the process grew meanwhile, at most."""
+def shard_stored(folder: str, published: bool) -> dict[str, Any]:
+    """Load a stored model and cut it into the ranks' pieces; how far the process grew meanwhile, in bytes."""
     import_deepspeed(CPU)
-    model = load_folder(Harmon, Path(folder))
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     before, done = own_bytes(), threading.Event()
     seen = [before]
@@ -442,12 +443,20 @@ def shard_folder(folder: str) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    if published:
+        files = f"{folder}/harmon.pth", f"{folder}/kl16.ckpt"
+        model = from_published(HarmonConfig.from_pretrained(folder), *files, dtype=None)
+    else:
+        model = load_folder(Harmon, Path(folder), dtype=None)
     shard(model, settings, torch.float32, CPU)
     done.set()
     watcher.join()
     held = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
     size = sum(parameter.ds_numel for parameter in model.parameters())
-    return {"grown": max(seen) - before, "held": 4 * held, "size": 4 * size}
+    # Only from where no piece is padding.
+    starts = [p.ds_tensor[:64] for p in model.parameters() if p.ds_numel >= 64 * world()[1]]
+    values = set(torch.cat(starts).tolist())
+    return {"grown": max(seen) - before, "held": 4 * held, "size": 4 * size, "values": values}
 
 
 def own_bytes() -> int:

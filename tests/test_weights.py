@@ -387,6 +387,21 @@ def test_folders_in_bfloat16_are_loaded_in_float32(name: str, tmp_path: Path) ->
         assert torch.equal(tensor.to(expected[key].dtype), expected[key])
 
 
+@pytest.mark.parametrize("name", families.NAMES)
+def test_folders_in_bfloat16_may_stay_as_they_are_stored(name: str, tmp_path: Path) -> None:
+    """But for what isn't stored: tables computed when the model is made keep all their digits."""
+    model = families.fresh_model(name)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    stored = model.state_dict()
+    loaded = load_folder(type(model), tmp_path, dtype=None)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.to(stored[key].dtype), stored[key])
+    exact = dict(load_folder(type(model), tmp_path).named_buffers())
+    for key, tensor in loaded.named_buffers():
+        assert torch.equal(tensor.to(exact[key].dtype), exact[key])
+
+
 def test_latest_must_lead_to_a_checkpoint(zero: Group, tmp_path: Path) -> None:
     folder = copied(zero.folder / "zero2-float32", tmp_path / "one")
     for tag in ("global_step2", "../../etc", "", "/etc", "."):

@@ -466,6 +466,11 @@ class EngineConfig:
         0.0, "of a worker's device at best, dense, of which MFU is a share; 0 = by the device's name"
     )
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether every worker holds only its piece of each weight: ZeRO-3."""
+        return self.name == "deepspeed" and self.zero_stage == 3
+
     def check(self) -> None:
         require_choice("engine.name", self.name, ("torch", "deepspeed"))
         require_choice("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
@@ -480,7 +485,7 @@ class EngineConfig:
         if self.offload and self.name != "deepspeed":
             raise ConfigError("engine.offload is true, but only engine.name=deepspeed can; set it to false")
         require_choice("engine.compile", self.compile, ("auto", "blocks", "none"))
-        if self.compile == "blocks" and self.name == "deepspeed" and self.zero_stage == 3:
+        if self.compile == "blocks" and self.cuts_weights:
             raise ConfigError(
                 "engine.compile is `blocks`, but engine.zero_stage 3 acts inside of them; set it to none"
             )

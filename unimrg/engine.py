@@ -140,8 +140,9 @@ def _compiles(config: EngineConfig, device: torch.device) -> bool:
 
     Raises ConfigError where they are to be and can't.
     """
-    sharded = config.name == "deepspeed" and config.zero_stage == 3  # which acts between all layers
-    if config.compile == "none" or (config.compile == "auto" and (sharded or device.type != "cuda")):
+    # Cutting weights acts between all layers.
+    never = config.cuts_weights or device.type != "cuda"
+    if config.compile == "none" or (config.compile == "auto" and never):
         return False
     lacking = lacks_compiler(device)
     if lacking and config.compile == "blocks":
@@ -376,7 +377,8 @@ def _chosen(model: Family, names: Collection[str] | None) -> dict[str, Tensor]:
 def shard(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """Cut all parameters into the ranks' pieces, as ZeRO-3 keeps them, one parameter after the other.
 
-    Never more than one is whole on the device; what the model maps from its files never is in memory at all.
+    Never more than one is whole on the device; what the model maps from its files never is in memory at all,
+    in whatever precision it is stored there.
     settings: DeepSpeed's. Every rank calls it.
     """
     import deepspeed
@@ -390,6 +392,9 @@ def shard(model: nn.Module, settings: dict[str, Any], dtype: torch.dtype, device
         # Copied, since rank 0's values are written over those of the others.
         parameter.data = parameter.data.to(device, dtype, copy=True)
         first.convert_to_zero_parameters(param_list=[parameter])  # type: ignore[attr-defined]
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -388,12 +388,12 @@ def model_type(weights: str | Path) -> str:
         raise CheckpointError(f"{path} can't be read ({first_line(error)}); fetch it again") from error
 
 
-def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
-    """A model of class `kind` in float32 from a folder of its `save_pretrained`, every key accounted for.
+def load_folder(kind: Any, folder: Path, dtype: torch.dtype | None = torch.float32, **options: Any) -> Any:
+    """A model of class `kind` from a folder of its `save_pretrained`, every key accounted for.
 
-    Training adds small updates to its weights, which bfloat16 would round away; what computes in bfloat16
-    makes its own copy. Weights that are stored in float32 are mapped, not read. options: of
-    `from_pretrained`. Raises CheckpointError when a key is missing, unexpected or misshapen, or a file is
+    dtype: None leaves weights as they are stored; else they become that. Float32 is what training adds small
+    updates to, which bfloat16 would round away. Weights that needn't change are mapped, not read. options:
+    of `from_pretrained`. Raises CheckpointError when a key is missing, unexpected or misshapen, or a file is
     missing, damaged or a pickle.
     """
     try:
@@ -402,7 +402,7 @@ def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,
-            dtype=torch.float32,
+            dtype=dtype or stored_precision(read_state_dict(folder)),
             **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds; all mean an unusable folder
@@ -417,6 +417,22 @@ def load_folder(kind: Any, folder: Path, **options: Any) -> Any:
     if wrong:
         raise CheckpointError(f"{folder} doesn't fit the model: {'; '.join(wrong)}; save or fetch it again")
     return model
+
+
+def load_state(
+    kind: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype | None = torch.float32
+) -> Any:
+    """A model of class `kind` with the tensors of `state`, which has all of them; dtype as in `load_folder`.
+
+    By the library: it draws no weights first, which takes minutes, and copies only what changes.
+    """
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored_precision(state))
+
+
+def stored_precision(state: Mapping[str, Tensor]) -> torch.dtype:
+    """What all floating tensors are stored in; float32, which holds every one of them, where they differ."""
+    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 # -- matching ------------------------------------------------------------------------------------------------

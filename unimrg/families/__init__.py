@@ -1,7 +1,8 @@
 """Model families: one folder each, imported when chosen.
 
-A family's module offers `build(config, seed) -> (Family, tokenizer)`, `processor(...)`, `image_size(config)`,
-`picture_encoder(config)` and `save_published(model, folder)`; see `families.base` for what a family answers.
+A family's module offers `build(config, seed, dtype) -> (Family, tokenizer)`, `processor(...)`,
+`image_size(config)`, `picture_encoder(config)` and `save_published(model, folder)`; see `families.base` for
+what a family answers.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.families.harmon import checkpoint
 from unimrg.families.harmon.model import Harmon
@@ -32,20 +34,21 @@ def image_size(config: FamilyConfig) -> int:
     return checkpoint.sizes(config).image_size
 
 
-def build(config: FamilyConfig, seed: int) -> tuple[Harmon, Any]:
+def build(config: FamilyConfig, seed: int, dtype: torch.dtype | None = torch.float32) -> tuple[Harmon, Any]:
     """The model and its tokenizer, from fresh weights, a folder, or published files (local paths).
 
+    dtype: None leaves the weights as they are stored, for an engine that changes each as it cuts it.
     Raises ConfigError or CheckpointError with one sentence.
     """
     tokenizer = tokenizer_for(config, SPECIAL_TOKENS[1:], "Qwen2.5")
     dropout = None if config.dropout < 0 else config.dropout
     if checkpoint.is_ours(config.weights):
-        return checkpoint.from_folder(Path(config.weights), dropout), tokenizer
+        return checkpoint.from_folder(Path(config.weights), dropout, dtype), tokenizer
     sizes = checkpoint.sizes(config)
     if dropout is not None:
         sizes = checkpoint.with_dropout(sizes, dropout)
     if config.weights:
-        return checkpoint.from_published(sizes, config.weights, config.vae_weights), tokenizer
+        return checkpoint.from_published(sizes, config.weights, config.vae_weights, dtype), tokenizer
     return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
 
 

@@ -19,7 +19,7 @@ from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.harmon.config import VARIANTS, HarmonConfig
 from unimrg.families.harmon.model import Harmon
 from unimrg.families.harmon.vae import KLVAE
-from unimrg.weights import check_fits, load_folder, load_strictly, model_type, read_state_dict
+from unimrg.weights import check_fits, load_folder, load_state, load_strictly, model_type, read_state_dict
 
 TINY_VAE = Path(__file__).parent / "assets" / "tiny_vae.safetensors"
 TIED = "llm.lm_head.weight"
@@ -99,19 +99,23 @@ def fresh(config: HarmonConfig, seed: int, tiny: bool) -> Harmon:
     return model
 
 
-def from_folder(folder: Path, dropout: float | None = None) -> Harmon:
-    """A folder of `save_pretrained`, every key accounted for.
+def from_folder(
+    folder: Path, dropout: float | None = None, dtype: torch.dtype | None = torch.float32
+) -> Harmon:
+    """A folder of `save_pretrained`, every key accounted for; dtype as in `load_folder`.
 
     Raises CheckpointError when a key is missing, unexpected, or a file is unreadable.
     """
     options = (
         {} if dropout is None else {"config": with_dropout(HarmonConfig.from_pretrained(folder), dropout)}
     )
-    model: Harmon = load_folder(Harmon, folder, **options)
+    model: Harmon = load_folder(Harmon, folder, dtype, **options)
     return model
 
 
-def from_published(config: HarmonConfig, weights: str, vae_weights: str) -> Harmon:
+def from_published(
+    config: HarmonConfig, weights: str, vae_weights: str, dtype: torch.dtype | None = torch.float32
+) -> Harmon:
     """The published flat file and the autoencoder's. Raises ConfigError when the latter isn't given."""
     state = read_state_dict(weights)
     if "llm.model.embed_tokens.weight" in state:
@@ -122,8 +126,7 @@ def from_published(config: HarmonConfig, weights: str, vae_weights: str) -> Harm
     state |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     source = f"{weights} with {vae_weights}"
     check_fits(expected, state, source)
-    # By the library: it draws no weights first, which takes minutes, and copies none.
-    model: Harmon = Harmon.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    model: Harmon = load_state(Harmon, config, state, dtype)
     return model
 
 

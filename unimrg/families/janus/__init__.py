@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.errors import ConfigError
 from unimrg.families.janus import checkpoint
@@ -35,9 +37,10 @@ def image_size(config: FamilyConfig) -> int:
     return checkpoint.sizes(config).image_size
 
 
-def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
+def build(config: FamilyConfig, seed: int, dtype: torch.dtype | None = torch.float32) -> tuple[Janus, Any]:
     """The model and its tokenizer, from fresh weights, a folder, or published weights (local paths).
 
+    dtype: None leaves the weights as they are stored, for an engine that changes each as it cuts it.
     Raises ConfigError or CheckpointError with one sentence.
     """
     if config.vae_weights:
@@ -51,8 +54,8 @@ def build(config: FamilyConfig, seed: int) -> tuple[Janus, Any]:
     if not config.weights:
         return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
     if model_type(config.weights) == JanusFamilyConfig.model_type:
-        return load_folder(Janus, Path(config.weights)), tokenizer
-    return checkpoint.from_published(sizes, Path(config.weights)), tokenizer
+        return load_folder(Janus, Path(config.weights), dtype), tokenizer
+    return checkpoint.from_published(sizes, Path(config.weights), dtype), tokenizer
 
 
 def processor(

@@ -22,7 +22,7 @@ from unimrg.config import FamilyConfig, require_choice
 from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.janus.config import VARIANTS, JanusFamilyConfig
 from unimrg.families.janus.model import Janus, encode_pictures
-from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
+from unimrg.weights import check_fits, load_state, load_strictly, model_type, read_state_dict
 
 TINY_VQ = Path(__file__).parent / "assets" / "tiny_vq.safetensors"
 HEAD = "lm_head.weight"
@@ -133,7 +133,9 @@ def _vq_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return below(VQ, {name.removeprefix("janus."): tensor for name, tensor in state.items()})
 
 
-def from_published(config: JanusFamilyConfig, weights: Path) -> Janus:
+def from_published(
+    config: JanusFamilyConfig, weights: Path, dtype: torch.dtype | None = torch.float32
+) -> Janus:
     """Published weights of either layout. Raises CheckpointError unless every key is accounted for."""
     state = read_state_dict(weights)
     if any(name.startswith(ORIGINAL_VQ) for name in state):
@@ -144,8 +146,7 @@ def from_published(config: JanusFamilyConfig, weights: Path) -> Janus:
         expected = Janus(config).janus
     check_fits(expected, state, str(weights), absent=() if HEAD in state else (HEAD,))
     named = {f"janus.{name}": tensor for name, tensor in state.items()}
-    # By the library: it draws no weights first, which takes minutes, and keeps only one copy.
-    model: Janus = Janus.from_pretrained(None, config=config, state_dict=named, dtype=torch.float32)
+    model: Janus = load_state(Janus, config, named, dtype)
     return model
 
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.errors import ConfigError
 from unimrg.families.openuni import checkpoint
@@ -39,10 +41,11 @@ def image_size(config: FamilyConfig) -> int:
     return checkpoint.sizes(config).image_size
 
 
-def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
+def build(config: FamilyConfig, seed: int, dtype: torch.dtype | None = torch.float32) -> tuple[OpenUni, Any]:
     """The model and its tokenizer, from fresh weights, a folder, or published files (local paths).
 
     With InternVL3, SANA and DC-AE but no `weights`, queries, connector and projector are fresh.
+    dtype: None leaves the weights as they are stored, for an engine that changes each as it cuts it.
     Raises ConfigError, CheckpointError or MissingExtraError with one sentence.
     """
     if config.dropout > 0:
@@ -50,9 +53,9 @@ def build(config: FamilyConfig, seed: int) -> tuple[OpenUni, Any]:
     sizes = checkpoint.sizes(config)
     tokenizer = tokenizer_for(_with_tokenizer(config), (*SPECIAL_TOKENS[1:], *TOKENS), "InternVL3", TOKENS)
     if checkpoint.is_ours(config.weights):
-        return load_folder(OpenUni, Path(config.weights)), tokenizer
+        return load_folder(OpenUni, Path(config.weights), dtype), tokenizer
     if config.weights or config.language_weights or config.diffusion_weights or config.vae_weights:
-        return checkpoint.from_published(sizes, config, seed), tokenizer
+        return checkpoint.from_published(sizes, config, seed, dtype), tokenizer
     return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
 
 

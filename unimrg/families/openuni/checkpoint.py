@@ -24,7 +24,7 @@ from unimrg.families.openuni import libraries
 from unimrg.families.openuni.config import VARIANTS, OpenUniConfig
 from unimrg.families.openuni.keys import to_original, to_transformers
 from unimrg.families.openuni.model import OpenUni, encode_pictures
-from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
+from unimrg.weights import check_fits, load_state, load_strictly, model_type, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ def _vae_state(config: FamilyConfig) -> tuple[dict[str, Tensor], str]:
     return read_state_dict(TINY_VAE), str(TINY_VAE)
 
 
-def from_published(sizes: OpenUniConfig, config: FamilyConfig, seed: int) -> OpenUni:
+def from_published(
+    sizes: OpenUniConfig, config: FamilyConfig, seed: int, dtype: torch.dtype | None = torch.float32
+) -> OpenUni:
     """Published weights, whole parts of them from wherever they are; the log says what came from where.
 
     Raises ConfigError when a part is nowhere, CheckpointError when names or shapes don't fit.
@@ -121,6 +123,9 @@ def from_published(sizes: OpenUniConfig, config: FamilyConfig, seed: int) -> Ope
         expected = OpenUni(sizes)
     # Before minutes are spent on drawing weights for the wrong variant.
     check_fits(expected, state, source, absent)
+    if not absent:
+        model: OpenUni = load_state(OpenUni, sizes, state, dtype)
+        return model
     torch.manual_seed(seed)
     model = OpenUni(sizes)
     load_strictly(model, state, source, absent)

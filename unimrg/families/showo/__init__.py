@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.errors import CheckpointError, ConfigError
 from unimrg.families.showo import checkpoint
@@ -29,9 +31,10 @@ def image_size(config: FamilyConfig) -> int:
     return checkpoint.sizes(config).image_size
 
 
-def build(config: FamilyConfig, seed: int) -> tuple[Showo, Any]:
+def build(config: FamilyConfig, seed: int, dtype: torch.dtype | None = torch.float32) -> tuple[Showo, Any]:
     """The model and its tokenizer, from fresh weights, a folder, or published weights (local paths).
 
+    dtype: None leaves the weights as they are stored, for an engine that changes each as it cuts it.
     Raises ConfigError or CheckpointError with one sentence.
     """
     if config.dropout > 0:
@@ -42,8 +45,8 @@ def build(config: FamilyConfig, seed: int) -> tuple[Showo, Any]:
     if not config.weights:
         return checkpoint.fresh(sizes, seed, tiny=config.variant == "tiny"), tokenizer
     if checkpoint.is_ours(config.weights):
-        return load_folder(Showo, Path(config.weights)), tokenizer
-    return checkpoint.from_published(sizes, config), tokenizer
+        return load_folder(Showo, Path(config.weights), dtype), tokenizer
+    return checkpoint.from_published(sizes, config, dtype), tokenizer
 
 
 def processor(

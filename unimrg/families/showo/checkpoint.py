@@ -22,7 +22,7 @@ from unimrg.families.encoder import PictureEncoder, below, untrained
 from unimrg.families.showo.config import VARIANTS, ShowoConfig
 from unimrg.families.showo.magvit import Magvit, frozen_codes
 from unimrg.families.showo.model import Showo
-from unimrg.weights import check_fits, load_strictly, model_type, read_state_dict
+from unimrg.weights import check_fits, load_state, load_strictly, model_type, read_state_dict
 
 TINY_MAGVIT = Path(__file__).parent / "assets" / "tiny_magvit.safetensors"
 WEIGHTS, CONFIG = "pytorch_model.safetensors", "config.json"
@@ -101,7 +101,9 @@ def published_magvit(weights: str) -> dict[str, Tensor]:
     return read_state_dict(weights)
 
 
-def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
+def from_published(
+    sizes: ShowoConfig, config: FamilyConfig, dtype: torch.dtype | None = torch.float32
+) -> Showo:
     """Show-o, MAGVIT-v2 and, for the sizes that have it, CLIP.
 
     Raises ConfigError when one isn't given, CheckpointError when names or shapes don't fit.
@@ -111,8 +113,7 @@ def from_published(sizes: ShowoConfig, config: FamilyConfig) -> Showo:
     with torch.device("meta"):
         expected = Showo(sizes)
     check_fits(expected, state, source)
-    # By the library: it draws no weights first, which takes minutes, and keeps only one copy.
-    model: Showo = Showo.from_pretrained(None, config=sizes, state_dict=state, dtype=torch.float32)
+    model: Showo = load_state(Showo, sizes, state, dtype)
     return model
 
 
