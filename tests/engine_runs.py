@@ -136,7 +136,12 @@ def make(
 
 
 def make_any(
-    name: str, train: TrainConfig, family: str, from_codes: bool = False, recompute: str = "auto"
+    name: str,
+    train: TrainConfig,
+    family: str,
+    from_codes: bool = False,
+    recompute: str = "auto",
+    precision: str = "float32",
 ) -> tuple[Engine, Processor]:
     """An engine around the micro model of any family, and its processor."""
     model = families.fresh_model(family)
@@ -144,7 +149,7 @@ def make_any(
     model.train()
     processor = families.processor(family)
     processor.grey_codes = model.grey_codes() if from_codes else None
-    return make_engine(model, train, engine_config(name, recompute=recompute), CPU), processor
+    return make_engine(model, train, engine_config(name, precision, recompute), CPU), processor
 
 
 # -- what plans are made of ----------------------------------------------------------------------------------
@@ -209,6 +214,16 @@ def train_coded(engine: str, family: str) -> dict[str, Any]:
     seen: list[StepOutput] = []
     fit(made, ([processor(step[mine])] for step in stored), WEIGHTS.by_task(), 3, observe=seen.append)
     return {"steps": [plain(output) for output in seen], "weights": made.weights()}
+
+
+def codes_in_half(engine: str, family: str) -> dict[str, Any]:
+    """The codes of sixteen pictures by a model in bfloat16 that has made a step, and its weights."""
+    made, processor = make_any(engine, train_config(1), family, precision="bfloat16")
+    fit(made, batches(processor, 0, 1, 1), WEIGHTS.by_task(), 1)
+    rng = np.random.default_rng(0)
+    pictures = [random_sample(rng, SIDE, n).image for n in range(16)]
+    codes = [frozen(made.model, picture) for picture in pictures if picture is not None]
+    return {"codes": torch.from_numpy(np.stack(codes)), "weights": made.weights()}
 
 
 def coded(sample: Sample, model: Family) -> Sample:

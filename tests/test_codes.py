@@ -248,6 +248,27 @@ def test_ranks_stay_in_step(tmp_path: Path) -> None:
             )
 
 
+def test_half_precision_flips_no_code(tmp_path: Path) -> None:
+    """DeepSpeed rounds all weights but those of tokenizers, which stay whole on every rank."""
+    plan = {
+        f"{name}-{engine}": ("codes_in_half", {"engine": engine, "family": name})
+        for name in ("showo", "janus")
+        for engine in ("zero2", "zero3")
+    }
+    group = Group(tmp_path / "group", 2, plan).wait()
+    for run in plan:
+        name = run.split("-")[0]
+        exact = families.fresh_model(name)
+        rng = np.random.default_rng(0)
+        pictures = [random_sample(rng, SIDE, n).image for n in range(16)]
+        want = np.stack([frozen(exact, picture) for picture in pictures if picture is not None])
+        for rank in (0, 1):
+            assert np.array_equal(group.result(run, rank)["codes"].numpy(), want)
+        for key, tensor in group.result(run)["weights"].items():
+            kept = key.startswith(type(exact).EXACT)
+            assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), key
+
+
 # -- samples -------------------------------------------------------------------------------------------------
 
 

@@ -264,6 +264,7 @@ class DeepSpeedEngine:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         settings, optimizer = self._config(train, config), _adamw(model, train)
+        _keep_exact(model)
         if self._stage == 3:
             shard(model, settings, choose_precision(config, device), device)
         model.to(device)
@@ -333,6 +334,15 @@ class DeepSpeedEngine:
         gathered = (lambda tensor: deepspeed.zero.GatheredParameters([tensor])) if self._stage == 3 else None
         state = _on_host(self.model, names, gathered)
         return _averaged(self, names, state) if self._average else state
+
+
+def _keep_exact(model: Family) -> None:
+    """Make buffers of `model.EXACT`, which are neither rounded nor cut: whole on every rank, names kept."""
+    for name in model.EXACT:
+        for module in model.get_submodule(name).modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, key)
+                module.register_buffer(key, parameter.detach().float())
 
 
 def _on_host(

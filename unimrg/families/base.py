@@ -72,6 +72,9 @@ class Family(PreTrainedModel):
     PARTS: tuple[str, ...] = ()
     """Names that `freeze` accepts."""
 
+    EXACT: tuple[str, ...] = ()
+    """Frozen modules that are never rounded to half precision: they make codes, and it would flip some."""
+
     LORA_TARGETS: tuple[str, ...] = ()
     """Ends of the names of the linear layers that low-rank adapters are put on."""
 

@@ -57,6 +57,7 @@ class Janus(Family):
     PARTS = ("vision", "aligner", "llm", "generation")
     SHARED = "janus.model.language_model.norm"
     BLOCKS = ("janus.model.vision_model.encoder.layers", "janus.model.language_model.layers")
+    EXACT = ("janus.model.vqmodel",)
     LORA_TARGETS = ("janus.model.language_model.*_proj",)
 
     def __init__(self, config: JanusFamilyConfig) -> None:

@@ -46,6 +46,7 @@ class Showo(Family):
     PARTS = ("llm", "projector")
     SHARED = "showo.model.final_layernorm"
     BLOCKS = ("showo.model.layers",)
+    EXACT = ("magvit",)
     LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
     def __init__(self, config: ShowoConfig) -> None:
