@@ -326,8 +326,8 @@ def share_of(batch_size: int, workers: int) -> int:
 def _cut(dataset: Dataset, rows: int) -> Dataset:
     """Blocks of exactly `rows` rows."""
     cut = dataset.repartition(target_num_rows_per_block=rows, strict=True)
-    # Its tasks ask for a whole CPU, and `repartition` has no word for less. For three minutes after a
-    # pipeline died Ray Data keeps its share of the cluster for it: what is left of few cores may be less.
+    # Its tasks ask for a whole CPU, and `repartition` has no word for less. For a while after a pipeline
+    # died Ray Data keeps its share of the cluster for it: what is left of few cores may be less.
     cut._logical_plan.dag.ray_remote_args["num_cpus"] = CUT_CPUS
     return cut
 

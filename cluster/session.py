@@ -22,11 +22,15 @@ from unimrg.errors import UnimrgError, first_line
 LAPTOP_CPUS = 8
 OBJECT_STORE_BYTES = 512 << 20
 
-# Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's own processes write there too.
-STORAGE_ENVIRONMENT = {
+ENVIRONMENT = {
+    # Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's own processes write there too.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    # How long Ray Data keeps the share of a pipeline that died: three renewals, in place of three minutes in
+    # which its successor might find no room.
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",
 }
+"""Of all processes of a command, wherever they run."""
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def ray_session(cpus: int = LAPTOP_CPUS) -> Iterator[str]:
     if address:
         try:
             ray.init(
-                log_to_driver=False, logging_level="error", runtime_env={"env_vars": STORAGE_ENVIRONMENT}
+                log_to_driver=False, logging_level="error", runtime_env={"env_vars": ENVIRONMENT}
             )
         except Exception as error:  # Ray raises several kinds; each means: no cluster there
             raise UnimrgError(
@@ -106,7 +110,7 @@ def _quiet(cpus: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one of Ray Tune can't be turned off
     # Teachers, trainer and pipelines are many processes; above four times this number Ray warns of them.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(3 * cpus // 4))
-    for name, value in STORAGE_ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
