@@ -23,7 +23,7 @@ LAPTOP_CPUS = 8
 OBJECT_STORE_BYTES = 512 << 20
 
 ENVIRONMENT = {
-    # Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's own processes write there too.
+    # Most S3-compatible stores refuse the SDKs' new trailing checksums, and Ray's processes write there too.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     # How long Ray Data keeps the share of a pipeline that died: three renewals, in place of three minutes in
@@ -46,9 +46,7 @@ def ray_session(cpus: int = LAPTOP_CPUS) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(
-                log_to_driver=False, logging_level="error", runtime_env={"env_vars": ENVIRONMENT}
-            )
+            ray.init(log_to_driver=False, logging_level="error", runtime_env={"env_vars": ENVIRONMENT})
         except Exception as error:  # Ray raises several kinds; each means: no cluster there
             raise UnimrgError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); "
