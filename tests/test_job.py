@@ -47,29 +47,40 @@ def running_cluster() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+SHORT = (
+    *("train.steps=3", "train.batch_size=4", "data.scenes.train=16", "data.scenes.test=8"),
+    *("report.images=1", "report.draw_iterations=2", "name=job"),
+)
+
+
+def submit(address: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` from the project's folder, to its end."""
+    job = [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--"]
+    return subprocess.run(
+        [*job, sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_submitted_job_trains(tmp_path: Path) -> None:
-    words = [
-        *("train.steps=3", "train.batch_size=4", "data.scenes.train=16", "data.scenes.test=4"),
-        *(
-            "report.questions=4",
-            "report.images=1",
-            "report.draw_iterations=2",
-            f"storage_path={tmp_path}",
-            "name=job",
-        ),
-    ]
+    words = (*SHORT, "report.questions=4", f"storage_path={tmp_path}")
     with running_cluster() as address:
-        job = [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--"]
-        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-        done = subprocess.run(
-            [*job, sys.executable, "-m", "unimrg.train", *words],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = submit(address, "-m", "unimrg.train", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "job" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "job" / "report.html").is_file()
+
+
+def test_submitted_search_searches(tmp_path: Path) -> None:
+    options = ("search.trials=2", "search.repeats=1", "search.questions=4", "search.drawings=1")
+    with running_cluster() as address:
+        done = submit(address, "tune/search.py", *SHORT, *options, f"storage_path={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = {path.name for path in (tmp_path / "job").iterdir()}
+    assert {"search.html", "trials.parquet", "best.yaml"} <= left
+    assert "best.yaml" in done.stdout  # the closing table, among the job's logs

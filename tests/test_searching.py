@@ -196,6 +196,18 @@ def test_killed_driver_goes_on_where_it_was(
         assert store.exists("search.html") and store.exists("best.yaml")
 
 
+def test_told_to_end(words: list[str], undisturbed: Path, tmp_path: Path) -> None:
+    """SIGTERM: one sentence and a status that says so; resumed, the same table."""
+    search = Search(tmp_path, *words)
+    search.worker("tpe-001", 1)
+    search.process.terminate()
+    assert search.end() == 75
+    assert search.log.read_text().endswith("run again with name=search search.resume=true to go on\n")
+    resumed = Search(tmp_path, *words, "search.resume=true")
+    assert resumed.end() == 0, resumed.log.read_text()
+    same(search.folder, undisturbed)
+
+
 def test_killed_worker_and_killed_trial(words: list[str], undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 of a training worker, and of a trial's own process: both go on from their checkpoints."""
     search = Search(tmp_path, *words)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
+import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from cluster.label_job import label_all
 from cluster.pipeline import data_cpus, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.session import LAPTOP_CPUS, gpus_of_cluster, node_resource, ray_session
-from cluster.trainer import local_folder
+from cluster.trainer import PAUSED, local_folder
 from cluster.worker import run_store
 from tune.campaign import Campaign, Job
 from tune.config import SearchConfig
@@ -41,8 +44,38 @@ FREE = ("search.resume", "search.max_failures", "log_every", "s3", "cluster")
 """Keys that may change when a search is resumed."""
 
 
-def search(config: SearchConfig, usual: RunConfig) -> int:
-    """A search from its configuration to its report; returns the exit status.
+def run(config: SearchConfig, usual: RunConfig) -> int:
+    """A search; returns the exit status: 0, or PAUSED when told to end (SIGTERM). usual: see `search`."""
+    try:
+        with _ended_by_sigterm():
+            search(config, usual)
+    except _Told:
+        again = f"name={config.name}" + (" search.resume=true" if run_store(config).exists(BEGUN) else "")
+        print(f"stopped as told; run again with {again} to go on", flush=True)
+        return PAUSED
+    return 0
+
+
+class _Told(BaseException):
+    """SIGTERM has come. No Exception, as KeyboardInterrupt is none, so that nobody on the way catches it."""
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raises _Told where the main thread is when the signal comes; trials end with the driver."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _Told
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def search(config: SearchConfig, usual: RunConfig) -> None:
+    """A search from its configuration to its report.
 
     usual: the run of `python -m unimrg.train` without a word, from which best.yaml says what differs.
     """
@@ -74,7 +107,6 @@ def search(config: SearchConfig, usual: RunConfig) -> int:
         _run(config, campaign, records, shared, outcome, at_once)
         _clean_up(config, campaign)
     outcome.end(store, time.monotonic() - began)
-    return 0
 
 
 def _begun(config: SearchConfig, asked: dict[str, Any], store: Store) -> dict[str, Any] | None:

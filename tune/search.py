@@ -19,9 +19,9 @@ from unimrg.config import RunConfig
 
 def main(config: SearchConfig) -> int:
     """Hand the search to Ray."""
-    from tune.driver import search
+    from tune.driver import run
 
-    return search(config, compose("train", [], RunConfig))
+    return run(config, compose("train", [], RunConfig))
 
 
 if __name__ == "__main__":
