@@ -22,7 +22,6 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.monitor import Verdict
 from cluster.pipeline import Ingest, Stored, share_of, tell_retries
@@ -340,7 +339,10 @@ class _Worker:
         self.checkpoint_values = {"checkpoint_seconds": time.perf_counter() - started}
 
     def _commit(self, progress: Progress | None) -> None:
-        """A checkpoint exists: tell Ray and the monitor, and delete older ones."""
+        """A checkpoint exists: tell the monitor, and delete older ones.
+
+        Ray isn't told: it would list them all, and refuse to begin again once one of its list is deleted.
+        """
         if progress is None:
             return
         self.watchdog.alive()
@@ -353,15 +355,6 @@ class _Worker:
                 retire(self.saver.store, self.config.train.keep_checkpoints, self.config.train.keep_best)
             except (StorageError, CheckpointError) as error:
                 self.monitor.event.remote("warning", str(error))
-        storage = ray.train.get_context().get_storage()
-        ray.train.report(
-            {"step": progress.step, "loss": progress.loss},
-            checkpoint=Checkpoint(
-                path=f"{storage.experiment_fs_path}/{name}", filesystem=storage.storage_filesystem
-            ),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
 
     def _go_back(self, spike: LossSpike, rollbacks: int) -> None:
         """To the last checkpoint before the spikes; on with the samples behind them."""

@@ -191,14 +191,16 @@ def test_killed_worker_recovers_exactly(
 def test_a_run_that_is_told_to_end_saves_and_goes_on_later(
     config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """SIGTERM: it saves, says how to go on, and ends with status 75. The same command goes on from there."""
+    """SIGTERM: it saves, says how to go on, and ends with status 75. The same command goes on from there,
+    also behind checkpoints that are deleted by then."""
     folder = tmp_path / "outputs" / "run"
-    words = ("report.enabled=false", "train.checkpoint_every=0", "labels.mode=off")
-    at_step(folder, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    words = ("report.enabled=false", "train.checkpoint_every=1", "labels.mode=off")
+    at_step(folder, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run(config(*words, "train.steps=1000")) == PAUSED == 75
     paused = len(read_jsonl(folder / "metrics.jsonl"))
-    assert 1 <= paused < 1000 and not (folder / "model").exists()
-    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{paused:08d}-w1"]
+    assert 5 <= paused < 1000 and not (folder / "model").exists()
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert kept == [f"step-{step:08d}-w1" for step in (paused - 1, paused)]
     assert run(config(*words, f"train.steps={paused + 3}")) == 0
     events = read_jsonl(folder / "events.jsonl")
     assert [e["step"] for e in events if e["event"] == "resume"] == [paused]
