@@ -23,7 +23,7 @@ PLANTED = {"weights.pixel": 0.3, "weights.depth": 1.7, "weights.segmentation": 0
 
 
 def config(*words: str) -> SearchConfig:
-    return compose("search", list(words), SearchConfig)
+    return compose("search", ["search.objectives=[accuracy]", *words], SearchConfig)
 
 
 def planted(changes: dict[str, Any]) -> float:

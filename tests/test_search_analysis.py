@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.search_trials import KEYS, repeated, searched, value_at
-from tune.analysis import best, compare, importance, pareto_front, so_far, to_table
+from tune.analysis import best, compare, compare_values, importance, pareto_front, so_far, to_table
 from tune.objectives import OBJECTIVES
 from tune.records import Trial
+from tune.verdict import judge
 
 
 def filled(trials: list[Trial]) -> list[Trial]:
@@ -137,6 +138,33 @@ def test_a_large_difference_is_significant() -> None:
     same = compare(repeated("a", [0.5] * 3), repeated("bb", [0.5] * 3))
     assert same is not None
     assert not same.significant
+
+
+def test_difference_of_values() -> None:
+    """By Student's t over the common seeds; 2 and 4 more, so 3 with an interval of 12.7 either way."""
+    a, b = repeated("a", [0.5, 0.6, 0.7]), repeated("bb", [0.5, 0.6, 0.7])
+    for number, (one, other) in enumerate(zip(a, b, strict=True)):
+        one.values["answer_loss"], other.values["answer_loss"] = 2.0 + 2 * number, float(0)
+    b[2].values.clear()
+    found = compare_values(a, b, "answer_loss")
+    assert found is not None
+    assert found.mean == pytest.approx(3)
+    assert found.interval.high - found.mean == pytest.approx(12.706, rel=1e-3)
+    assert list(found.by_seed.values()) == [2.0, 4.0]
+    assert compare_values(a[:1], b, "answer_loss") is None
+
+
+def test_the_verdict_speaks_of_the_objective_first() -> None:
+    """Less loss is better; what is the same configuration needs no numbers."""
+    a, b = repeated("best", [0.5, 0.6, 0.7]), repeated("default", [0.5, 0.6, 0.7])
+    for number, (one, other) in enumerate(zip(a, b, strict=True)):
+        one.values["answer_loss"], other.values["answer_loss"] = 1.0 + number, 2.0 + 1.01 * number
+    said = judge([*a, *b], {}, "default", "answer_loss")
+    assert "3\u00a0fresh seeds" in said
+    assert said.index("loss of the right answers \u22121.01 nats/token") < said.index("accuracy")
+    assert "significantly better; accuracy" in said
+    assert "nothing did better" in judge([*a, *b], {"best": "default"}, "default", "answer_loss")
+    assert "no repeats" in judge([], {}, "default", "accuracy")
 
 
 # -- tables --------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def _explained(columns: Sequence[np.ndarray], value: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two configurations' accuracies: `mean` over seeds and its interval, -1..1; `by_seed`."""
+    """Of two configurations' values: `mean` over seeds and its interval; `by_seed`."""
 
     mean: float
     interval: Interval
@@ -167,6 +167,22 @@ def compare(
         variance += float(np.var(list(by_seed.values()), ddof=1)) / count
         quantile = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)
     mean, reach = float(mean_gain.mean()), float(quantile) * math.sqrt(variance)
+    return Difference(mean, Interval(mean - reach, mean + reach), by_seed)
+
+
+def compare_values(a: Sequence[Trial], b: Sequence[Trial], name: str) -> Difference | None:
+    """Value `name` of `a` minus that of `b`, seed by seed; None with less than two common seeds.
+
+    The interval is Student's t of the differences by seed, which hold the noise of the questions too.
+    """
+    others = {trial.seed: trial.values[name] for trial in b if name in trial.values}
+    mine = {trial.seed: trial.values[name] for trial in a if name in trial.values}
+    by_seed = {seed: mine[seed] - others[seed] for seed in mine.keys() & others.keys()}
+    if len(by_seed) < 2:
+        return None
+    gains = np.array(list(by_seed.values()))
+    mean, error = float(gains.mean()), float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(gains) - 1)) * error
     return Difference(mean, Interval(mean - reach, mean + reach), by_seed)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from tune.analysis import best, compare, to_table
+from tune.analysis import best, to_table
 from tune.campaign import START, Campaign
 from tune.config import SearchConfig
 from tune.objectives import OBJECTIVES
 from tune.page import search_page
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.space import value_of
+from tune.verdict import ROLES, judge
 from unimrg.config import RunConfig, redacted
 from unimrg.errors import UnimrgError
 from unimrg.storage import Store
@@ -118,26 +119,8 @@ class Outcome:
                 f"  {strategy:<12}{value:>8}  {len(mine):>4} trials {steps:>7} steps  {self._what(top)}"
             )
         repeats = self.campaign.trials(REPEATED)
-        for role, sentence in (("default", "the default configuration"), ("equal", "tuned equal weights")):
-            lines += self._compared(repeats, role, sentence)
-        return lines
-
-    def _compared(self, repeats: list[Trial], role: str, sentence: str) -> list[str]:
-        roles = {name: self.campaign.same.get(name, name) for name in ("best", role)}
-        if role == "equal" and "equal" not in self.config.search.strategies:
-            return []
-        if roles["best"] == roles[role]:
-            return [f"best is {sentence}: the search found nothing better on the validation pictures"]
-        mine, other = ([t for t in repeats if t.strategy == roles[name]] for name in ("best", role))
-        difference = compare(mine, other)
-        if difference is None:
-            return [f"best against {sentence}: no repeats to compare"]
-        verdict = "" if difference.significant else "; not significant: either may be the better one"
-        return [
-            f"best against {sentence}, {len(mine)} fresh seeds, test pictures: accuracy "
-            f"{100 * difference.mean:+.1f} points, 95 % interval {100 * difference.interval.low:+.1f} to "
-            f"{100 * difference.interval.high:+.1f}{verdict}"
-        ]
+        roles = [role for role in ROLES if role == "default" or "equal" in options.strategies]
+        return lines + [judge(repeats, self.campaign.same, role, objective) for role in roles]
 
     def _what(self, trial: Trial | None) -> str:
         if trial is None:

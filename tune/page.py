@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from tune import charts
-from tune.analysis import best, compare, importance, pareto_front, so_far
+from tune.analysis import best, importance, pareto_front, so_far
 from tune.charts import Column, Series, colour_of
 from tune.objectives import OBJECTIVES
 from tune.records import REPEATED, SEARCHED, Trial
+from tune.verdict import ROLES, judge
 from unimrg.report.markup import Child, Html, el, folded, percent, plural, section, short, span, table
 from unimrg.report.style import STYLE
 
@@ -23,7 +24,6 @@ TITLES = {
     "train.learning_rate": "learning rate",
     "family.grad_scale": "gradient scale",
 }
-ROLES = {"default": "the default configuration", "equal": "tuned equal weights"}
 TOP_SHARE = 3
 """One trial in so many is drawn strong."""
 
@@ -198,30 +198,9 @@ def _comparison(search: Search) -> Html:
 
 
 def _judgement(search: Search, repeats: Sequence[Trial], role: str) -> str:
-    own = {name: search.same.get(name, name) for name in ("best", role)}
     if search.best is None or (search.running and not repeats):
         return f"The best against {ROLES[role]}: not judged yet."
-    if own["best"] == own[role]:
-        return f"The best is {ROLES[role]}: nothing did better on the validation pictures."
-    mine, other = ([t for t in repeats if t.strategy == own[name]] for name in ("best", role))
-    difference = compare(mine, other)
-    if difference is None:
-        return f"The best against {ROLES[role]}: there are no repeats with questions to compare."
-    ends = f"{_points(difference.interval.low)} to {_points(difference.interval.high)}"
-    seeds = plural(len(difference.by_seed), "fresh seed")
-    text = (
-        f"The best against {ROLES[role]}: accuracy {_points(difference.mean)} points over {seeds}, "
-        f"95 % interval {ends}"
-    )
-    if len(difference.by_seed) < 2:
-        text += " (the questions alone: one seed says nothing about others)"
-    if difference.significant:
-        return text + (". The difference is significant." if difference.mean > 0 else ". It is worse.")
-    return text + ". This is not significant: either may be the better one."
-
-
-def _points(share: float) -> str:
-    return percent(share, sign=True)
+    return judge(repeats, search.same, role, search.objectives[0])
 
 
 def _strategies(search: Search) -> Html:
