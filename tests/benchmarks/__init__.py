@@ -1,0 +1,1 @@
+"""The benchmarks against golden values; `conftest.py` says where those lie."""
