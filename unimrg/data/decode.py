@@ -70,6 +70,18 @@ def decode_image(raw: bytes, max_bytes: int, max_pixels: int, max_side: int) -> 
         return _decode(image, max_side)
 
 
+def decode_verbatim(raw: bytes, max_bytes: int, max_pixels: int) -> np.ndarray:
+    """As `decode_image`, but as plain readers do: in full size, not turned, transparency just dropped."""
+    if len(raw) > max_bytes:
+        raise SampleError("too-large", f"{len(raw)} bytes, at most {max_bytes}")
+    image = _open(raw, max_pixels)
+    with _turns(image.width * image.height):
+        try:
+            return np.array(image.convert("RGB"))
+        except Exception as error:
+            raise _undecodable(error) from error
+
+
 def _decode(image: Image.Image, max_side: int) -> np.ndarray:
     width, height = image.size
     ratio = max_side / max(width, height)
