@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimrg.benchmarks.result import UNITS, BenchmarkResult
@@ -18,6 +18,7 @@ names = st.text(min_size=1, max_size=8)
 values = st.dictionaries(names, st.floats(allow_infinity=False), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(values, st.data())
 def test_a_stored_result_comes_back_the_same(scores: dict[str, float], data: st.DataObject) -> None:
     result = BenchmarkResult(
