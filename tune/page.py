@@ -14,7 +14,19 @@ from tune.charts import Column, Series, colour_of
 from tune.objectives import OBJECTIVES
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.verdict import ROLES, judge
-from unimrg.report.markup import Child, Html, el, folded, percent, plural, section, short, span, table
+from unimrg.report.markup import (
+    Child,
+    Html,
+    document,
+    el,
+    folded,
+    percent,
+    plural,
+    section,
+    short,
+    span,
+    table,
+)
 from unimrg.report.style import STYLE
 
 TITLES = {
@@ -98,21 +110,9 @@ def search_page(**facts: Any) -> str:
         _configuration(search),
         _reproduce(search),
     ]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        el(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-        ),
-        el("title", f"{search.title} \u00b7 search \u00b7 unimrg"),
-        el("style", Html(STYLE + MORE_STYLE)),
-    )
+    title = f"{search.title} \u00b7 search \u00b7 unimrg"
     footer = el("footer", "Made by unimrg from the search\u2019s records; it loads nothing from a network.")
-    body = el("body", _header(search), el("main", parts), footer)
-    return "<!doctype html>\n" + el("html", head, body, lang="en") + "\n"
+    return document(title, STYLE + MORE_STYLE, _header(search), el("main", parts), footer)
 
 
 # -- what was found ------------------------------------------------------------------------------------------

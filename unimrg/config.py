@@ -680,6 +680,63 @@ class GenerateConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Benchmarks on a checkpoint, or on answers that are there already; or stored results side by side."""
+
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names, like [MMVP,VSR-zeroshot]; empty = all whose files are there"},
+    )
+    checkpoint: str = knob("", "folder of a model (model/ of a run), local or s3://; it answers `data`")
+    data: str = knob("", "folder or URL of the benchmarks' files, NAME.tsv as VLMEvalKit has them")
+    predictions: str = knob(
+        "", "instead of a checkpoint: answers to score, a file or folder of NAME.tsv, .json or .xlsx"
+    )
+    page: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of both: earlier `out` folders to put side by side, like [base,trained]"},
+    )
+    out: str = knob("outputs/evaluation", "folder or URL for answers, results and results.html")
+    name: str = knob("", "of the row on the page; empty = where the checkpoint or the answers lie")
+    matcher: str = knob(
+        "paper_era_2025_08",
+        "version of the official rules for reading answers: legacy_2024, paper_era_2025_08 or head_2026_06",
+    )
+    instruction: str = knob(
+        "", "put behind multiple-choice questions; changes scores, and is named on the page"
+    )
+    max_new_tokens: int = knob(
+        0, "longest answer; 0 = the benchmark's own, 32 to 128; 1024 in the published evaluation"
+    )
+    strict: bool = knob(
+        False, "read tables as they stand; else like the official tool, where options such as None vanish"
+    )
+    part_rows: int = knob(64, "questions stored together: what a crash may cost each actor")
+    pool: PoolConfig = field(default_factory=lambda: PoolConfig(batch_size=32))
+    s3: S3Options = field(default_factory=S3Options)
+
+    MATCHERS = ("legacy_2024", "paper_era_2025_08", "head_2026_06")
+
+    def check(self) -> None:
+        given = [key for key in ("checkpoint", "predictions", "page") if getattr(self, key)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"checkpoint, predictions, page: {' and '.join(given) or 'none'} given; name a model to ask, "
+                "answers to score, or folders of results to show"
+            )
+        if self.checkpoint and not self.data:
+            raise ConfigError(
+                "data is empty; give the folder with the benchmarks' files, like data=benchmarks"
+            )
+        if not self.out:
+            raise ConfigError("out is empty; give the folder for results, like out=outputs/evaluation")
+        require_choice("matcher", self.matcher, self.MATCHERS)
+        require("max_new_tokens", self.max_new_tokens, 0)
+        require("part_rows", self.part_rows, 1)
+        self.pool.check("pool")
+
+
+@dataclass
 class ExportConfig:
     """A model from one layout on disk to another."""
 

@@ -6,11 +6,10 @@ python -m unimrg.generate checkpoint=outputs/latest/model image=photo.jpg task=d
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unimrg.compose import run_command
-from unimrg.config import DataConfig, FamilyConfig, GenerateConfig, TrainConfig
+from unimrg.config import DataConfig, GenerateConfig
 from unimrg.errors import ConfigError, DataError, SampleError, StorageError
 from unimrg.sample import Task
 
@@ -34,6 +33,7 @@ def main(config: GenerateConfig) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from unimrg.families import load_trained
     from unimrg.weights import fetch
 
     disable_progress_bar()
@@ -41,7 +41,9 @@ def main(config: GenerateConfig) -> None:
     s3 = config.s3.store()
     picture = read_picture(config.image, s3) if config.image else None
     with torch.inference_mode():
-        model, processor, side = _load(fetch("checkpoint", config.checkpoint, s3), device)
+        model, processor, side = load_trained(
+            fetch("checkpoint", config.checkpoint, s3), device, torch.float32
+        )
         if picture is None:
             print(model.answer(processor, [None], [config.question], config.max_new_tokens)[0])
             return
@@ -98,22 +100,6 @@ def unsquare(drawn: np.ndarray, box: tuple[int, int, int, int], shape: tuple[int
     height, width = (max(1, round(length * side / longest)) for length in shape)
     inside = Image.fromarray(np.ascontiguousarray(drawn[top:bottom, left:right]))
     return np.array(inside.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _load(folder: Path, device: torch.device) -> tuple[Any, Any, int]:
-    """Model, processor and the side of its square, from a folder of save_pretrained."""
-    import torch
-
-    from unimrg.families import family_of, load_family
-
-    name = family_of(folder)
-    family = load_family(name)
-    config = FamilyConfig(name=name, weights=str(folder))
-    model, tokenizer = family.build(config, seed=0)
-    model.eval().to(device)
-    if device.type == "cpu":
-        model.to(torch.float32)  # half precision is slower here, and saves nothing for one picture
-    return model, family.processor(model, tokenizer, TrainConfig(), tuple(Task), 0), family.image_size(config)
 
 
 def _square(picture: np.ndarray, side: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:

@@ -132,7 +132,7 @@ class Parts:
         except (pa.ArrowException, OSError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise DataError(
-                f"{self.store.url}/{name} is damaged ({first[:200]}); delete it and label again"
+                f"{self.store.url}/{name} is damaged ({first[:200]}); delete it and run the command again"
             ) from error
 
     def _parse(self, name: str, columns: list[str] | None) -> pa.Table:

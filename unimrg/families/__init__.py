@@ -11,9 +11,14 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from unimrg.config import FAMILIES
+from unimrg.config import FAMILIES, FamilyConfig, TrainConfig
 from unimrg.errors import CheckpointError
+from unimrg.sample import Task
+
+if TYPE_CHECKING:
+    import torch
 
 # `model_type` in config.json -> family; not the family's name, which transformers may use for its own.
 MODEL_TYPES = {f"{name}_unimrg": name for name in FAMILIES}
@@ -22,6 +27,19 @@ MODEL_TYPES = {f"{name}_unimrg": name for name in FAMILIES}
 def load_family(name: str) -> ModuleType:
     """The family's module. Raises KeyError for an unknown name (configs are checked before)."""
     return importlib.import_module(FAMILIES[name])
+
+
+def load_trained(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, int]:
+    """A model from a folder of `save_pretrained`, its processor, and the side of its picture in pixels.
+
+    Raises CheckpointError.
+    """
+    name = family_of(folder)
+    family = load_family(name)
+    config = FamilyConfig(name=name, weights=str(folder))
+    model, tokenizer = family.build(config, 0, dtype)
+    model.eval().to(device)
+    return model, family.processor(model, tokenizer, TrainConfig(), tuple(Task), 0), family.image_size(config)
 
 
 def family_of(folder: Path) -> str:

@@ -156,5 +156,23 @@ def table(head: list[str], rows: list[list[Child]], *, class_: str = "") -> Html
     return el("div", el("table", top, el("tbody", body), class_=class_ or None), class_="scroll")
 
 
+def document(title: str, style: str, *body: Child) -> str:
+    """A whole page that loads nothing and runs nothing."""
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        # Even if something slipped through, the page could load nothing and run nothing.
+        el(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+        ),
+        el("title", title),
+        el("style", Html(style)),
+    )
+    return "<!doctype html>\n" + el("html", head, el("body", *body), lang="en") + "\n"
+
+
 def folded(summary: str, *children: Child) -> Html:
     return el("details", el("summary", summary), *children)

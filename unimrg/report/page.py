@@ -15,6 +15,7 @@ from unimrg.report.markup import (
     Child,
     Html,
     count,
+    document,
     el,
     folded,
     join,
@@ -57,21 +58,8 @@ def _page(run: Run) -> str:
         _configuration(run),
         _reproduce(run),
     ]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        # Even if something slipped through, the page could load nothing and run nothing.
-        el(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-        ),
-        el("title", f"{run.name} \u00b7 unimrg"),
-        el("style", Html(STYLE)),
-    )
-    body = el("body", _header(run), _contents(), el("main", parts), _footer())
-    return "<!doctype html>\n" + el("html", head, body, lang="en") + "\n"
+    title = f"{run.name} \u00b7 unimrg"
+    return document(title, STYLE, _header(run), _contents(), el("main", parts), _footer())
 
 
 def _header(run: Run) -> Html:
