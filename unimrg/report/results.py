@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from unimrg.benchmarks.evaluation import Evaluation
@@ -32,8 +32,9 @@ MORE_STYLE = """
 .results tbody+tbody td{color:var(--soft)}
 .results .group td{padding-top:16px;color:var(--ink);font-weight:600;text-align:left}
 .results td:first-child{min-width:200px;font-weight:600}
-.results tbody+tbody tr:not(.group) td:first-child{font-weight:400}
-.results td small{font-weight:400;white-space:normal}
+.results tbody+tbody tr:not(.group) td:first-child,.results td:first-child small{font-weight:400}
+.results th small{display:block;font-weight:400}
+.scroll+h3{margin-top:24px}
 """
 
 
@@ -50,7 +51,7 @@ class Column(NamedTuple):
         return f"{self.benchmark} {self.score}"
 
 
-KNOWN = (
+PAPER = (
     Column("MMBench_DEV_EN", "circular", "MMBench", "circular"),
     Column("MMBench_DEV_EN", "vanilla_all", "MMBench", "all rows"),
     Column("MMVP", "average", "MMVP", "questions"),
@@ -66,8 +67,7 @@ KNOWN = (
 
 
 def results_page(evaluations: Sequence[Evaluation]) -> str:
-    """The page. A column for every benchmark that one of them has; the first column names the row."""
-    columns = _columns(evaluations)
+    """The page: the paper's benchmarks in one table, others in a second, as far as any model has them."""
     rows = sum(result.counts.get("rows", 0) for evaluation in evaluations for result in evaluation.results)
     header = el(
         "header",
@@ -75,56 +75,76 @@ def results_page(evaluations: Sequence[Evaluation]) -> str:
         el("h1", "Benchmarks"),
         el("p", f"{plural(len(evaluations), 'model')}, {plural(rows, 'answer')} scored without a judge."),
     )
-    theirs = [entry for entry in published() if any(_said(entry, column) for column in columns)]
+    paper, others = _columns(evaluations)
     parts: list[Child] = [
-        _scores(evaluations, columns, theirs),
+        _scores("Results", evaluations, paper) if paper else None,
+        _scores("More benchmarks" if paper else "Results", evaluations, others) if others else None,
         _protocol(evaluations),
         _groups(evaluations),
-        _sources(theirs),
+        _sources([*paper, *others]),
     ]
     footer = el("footer", "Made by unimrg from stored results; it loads nothing from a network.")
     return document("Benchmarks \u00b7 unimrg", STYLE + MORE_STYLE, header, el("main", parts), footer)
 
 
-def _columns(evaluations: Sequence[Evaluation]) -> list[Column]:
+def _columns(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[Column]]:
+    """Those of the paper's table that there is a result for, and the headlines of all other results."""
     there = {result.benchmark: result for evaluation in evaluations for result in evaluation.results}
-    known = [column for column in KNOWN if column.benchmark in there]
-    named = {column.benchmark for column in known}
+    paper = [column for column in PAPER if column.benchmark in there]
+    named = {column.benchmark for column in paper}
     others = [Column(name, r.headline, name, r.headline) for name, r in there.items() if name not in named]
-    return known + others
+    return paper, others
 
 
-def _scores(
-    evaluations: Sequence[Evaluation], columns: Sequence[Column], theirs: Sequence[Published]
-) -> Html:
+def _scores(title: str, evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Html:
     best = {column: _best(evaluations, column) for column in columns}
     ours = [
-        [evaluation.name, *(_ours(evaluation, column, best[column]) for column in columns)]
+        [_named(evaluation), *(_ours(evaluation, column, best[column]) for column in columns)]
         for evaluation in evaluations
     ]
-    others: list[list[Child]] = [
+    theirs: list[list[Child]] = [
         [
             [f"{entry.model}, {entry.variant}", el("small", CONFIDENCE[entry.confidence])],
             *(_said(entry, column) or DASH for column in columns),
         ]
-        for entry in theirs
+        for entry in _published(columns)
     ]
-    heads = ["", *([column.title, el("small", f" {column.metric}")] for column in columns)]
+    heads = ["", *([column.title, el("small", column.metric)] for column in columns)]
     names = ["", *(f"{column.title} {column.metric}" for column in columns)]
-    top = el("thead", el("tr", [el("th", head, scope="col") for head in heads]))
     bodies = [el("tbody", [_row(names, row) for row in ours])]
-    if others:
-        group = el(
-            "tr", el("td", "Published by others, not measured here", colspan=len(names)), class_="group"
-        )
-        bodies.append(el("tbody", group, [_row(names, row) for row in others]))
-    note = (
-        "Percent, higher is better; the best of several is bold. Published numbers come from other code, "
-        "prompts and judges: a difference to them says little. (?): which score it is isn\u2019t stated. "
-        "+: only the gain over the base is known."
-    )
+    if theirs:
+        words = "Published by others, not measured here"
+        group = el("tr", el("td", words, colspan=len(names)), class_="group")
+        bodies.append(el("tbody", group, [_row(names, row) for row in theirs]))
+    top = el("thead", el("tr", [el("th", head, scope="col") for head in heads]))
     whole = el("div", el("table", top, bodies, class_="numbers results"), class_="scroll")
-    return section("Results", whole, note=note, id_="results")
+    return section(title, whole, note=_note(ours, theirs), id_=title.split()[0].lower())
+
+
+def _note(ours: Sequence[Sequence[Child]], theirs: Sequence[Sequence[Child]]) -> str:
+    """What the marks in a table mean, of those that it has."""
+    shown = str([row[1:] for row in (*ours, *theirs)])
+    notes = {
+        "<b>": "The best of several is bold.",
+        "*": "* Not the official number of rows, so not comparable with published scores.",
+        "(?)": "(?) Which of its scores it is isn\u2019t stated.",
+        "+": "+ Only the gain over the base is known.",
+    }
+    said = [words for mark, words in notes.items() if mark in shown]
+    if theirs:
+        said.append(
+            "Published numbers come from other code, prompts and judges: a difference to them says little."
+        )
+    return " ".join(["Percent; higher is better.", *said])
+
+
+def _published(columns: Sequence[Column]) -> list[Published]:
+    return [entry for entry in published() if any(_said(entry, column) for column in columns)]
+
+
+def _named(evaluation: Evaluation) -> Child:
+    other = evaluation.source != evaluation.name
+    return [evaluation.name, el("small", evaluation.source) if other else None]
 
 
 def _row(names: Sequence[str], cells: Sequence[Child]) -> Html:
@@ -146,20 +166,24 @@ def _ours(evaluation: Evaluation, column: Column, best: float) -> Child:
     result = _find(evaluation, column.benchmark)
     if result is None or column.score not in result.scores:
         return DASH
-    text = _value(result, result.scores[column.score])
-    official = {benchmark.name: benchmark.rows for benchmark in BENCHMARKS}.get(result.benchmark)
-    rows = result.counts.get("rows")
-    few = (
-        el("small", f"{count(rows)} of {count(official)} rows")
-        if rows and official and rows != official
-        else None
-    )
-    return [el("b", text) if result.scores[column.score] == best else text, few]
+    value = result.scores[column.score]
+    text = _value(result, value, column.score) + ("" if _whole(result) else "*")
+    return el("b", text) if value == best else text
 
 
-def _value(result: BenchmarkResult, value: float, score: str = "") -> str:
+def _official(result: BenchmarkResult) -> int | None:
+    """Rows of the official file, where they are known."""
+    return {benchmark.name: benchmark.rows for benchmark in BENCHMARKS}.get(result.benchmark)
+
+
+def _whole(result: BenchmarkResult) -> bool:
+    """Whether as many rows were scored as the official file has, as far as is known."""
+    return _official(result) in (None, result.counts.get("rows"))
+
+
+def _value(result: BenchmarkResult, value: float, score: str) -> str:
     """A number as people read it: percent with two decimals, as the paper prints them; else three digits."""
-    unit = result.units[score or result.headline]
+    unit = result.units[score]
     if math.isnan(value):
         return DASH
     if unit in ("percent", "fraction"):
@@ -174,53 +198,79 @@ def _said(entry: Published, column: Column) -> str:
     if column.key in entry.gains:
         return f"{entry.gains[column.key]:+.2f}".replace("-", MINUS)
     unnamed = entry.scores.get(column.benchmark)
-    first = next((known.score for known in KNOWN if known.benchmark == column.benchmark), column.score)
+    first = next((known.score for known in PAPER if known.benchmark == column.benchmark), column.score)
     return f"{unnamed:.2f}{NBSP}(?)" if unnamed is not None and column.score == first else ""
 
 
 def _protocol(evaluations: Sequence[Evaluation]) -> Html:
     """How every number came about, and what was out of the ordinary."""
-    rows: list[list[Child]] = []
-    for evaluation in evaluations:
-        for result in evaluation.results:
-            counts = ", ".join(f"{name} {count(n)}" for name, n in result.counts.items() if n)
-            protocol = ", ".join(f"{name}: {value}" for name, value in result.protocol.items())
-            rows.append([evaluation.name, result.benchmark, counts or DASH, protocol or DASH])
     note = (
         "An answer in which nothing could be found counts as wrong, and so does a question that "
         "couldn\u2019t be asked because its picture is damaged."
     )
-    return section(
-        "Protocol", table(["model", "benchmark", "counts", "how"], rows), note=note, id_="protocol"
-    )
+    parts = [_protocol_of(evaluation) for evaluation in evaluations]
+    return section("Protocol", parts, note=note, id_="protocol")
+
+
+def _protocol_of(evaluation: Evaluation) -> list[Child]:
+    """What holds for all results in a line, then a table of what differs and was counted."""
+    scored = [result for result in evaluation.results if result.protocol]
+    shared = {
+        name: value
+        for name, value in (scored[0].protocol.items() if scored else ())
+        if all(result.protocol.get(name) == value for result in scored)
+    }
+    rows: list[list[Child]] = []
+    for result in scored:
+        rest = {name: value for name, value in result.protocol.items() if name not in shared}
+        counts = {name: count(n) for name, n in result.counts.items() if n and name != "rows"}
+        rows.append([result.benchmark, _rows_of(result), _listed(counts) or DASH, _listed(rest) or DASH])
+    names = ["benchmark", "rows", "counted", "differs"]
+    if all(row[-1] == DASH for row in rows):
+        names, rows = names[:-1], [row[:-1] for row in rows]
+    return [el("h3", evaluation.name), el("p", _listed(shared), class_="note"), table(names, rows)]
+
+
+def _rows_of(result: BenchmarkResult) -> str:
+    rows = result.counts.get("rows")
+    official = _official(result)
+    if rows is None:
+        return DASH
+    return count(rows) if official in (None, rows) else f"{count(rows)} of {count(official)}"
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def _groups(evaluations: Sequence[Evaluation]) -> Html | None:
-    """Every score by category, folded away."""
-    names = [evaluation.name for evaluation in evaluations]
-    folds: list[Child] = []
-    keys = {
-        (result.benchmark, score): None
-        for evaluation in evaluations
-        for result in evaluation.results
-        for score in result.groups
+    """Every score by category, a benchmark in a fold."""
+    there = {
+        result.benchmark: None for evaluation in evaluations for result in evaluation.results if result.groups
     }
-    for benchmark, score in keys:
-        results = [_find(evaluation, benchmark) for evaluation in evaluations]
-        parts = {part: None for result in results if result for part in result.groups.get(score, {})}
-        rows: list[list[Child]] = [
-            [part, *(_part(result, score, part) for result in results)] for part in parts
-        ]
-        folds.append(folded(f"{benchmark}, {score}", table([score, *names], rows, class_="numbers")))
+    folds = [folded(benchmark, _groups_of(evaluations, benchmark)) for benchmark in there]
     return section("By category", folds, id_="categories") if folds else None
 
 
-def _part(result: BenchmarkResult | None, score: str, part: str) -> str:
-    value = result.groups.get(score, {}).get(part, math.nan) if result else math.nan
-    return DASH if result is None or math.isnan(value) else _value(result, value, score)
+def _groups_of(evaluations: Sequence[Evaluation], benchmark: str) -> list[Child]:
+    found = [(evaluation.name, _find(evaluation, benchmark)) for evaluation in evaluations]
+    results = {name: result for name, result in found if result is not None}
+    tables: list[Child] = []
+    for score in {score: None for result in results.values() for score in result.groups}:
+        parts = {part: None for result in results.values() for part in result.groups.get(score, {})}
+        rows: list[list[Child]] = [
+            [part, *(_part(result, score, part) for result in results.values())] for part in parts
+        ]
+        tables += [el("h3", score), table(["", *results], rows, class_="numbers")]
+    return tables
 
 
-def _sources(entries: Sequence[Published]) -> Html | None:
+def _part(result: BenchmarkResult, score: str, part: str) -> str:
+    return _value(result, result.groups.get(score, {}).get(part, math.nan), score)
+
+
+def _sources(columns: Sequence[Column]) -> Html | None:
+    entries = _published(columns)
     if not entries:
         return None
     rows: list[list[Child]] = [
