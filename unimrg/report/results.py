@@ -254,14 +254,15 @@ def _groups(evaluations: Sequence[Evaluation]) -> Html | None:
 
 def _groups_of(evaluations: Sequence[Evaluation], benchmark: str) -> list[Child]:
     found = [(evaluation.name, _find(evaluation, benchmark)) for evaluation in evaluations]
-    results = {name: result for name, result in found if result is not None}
+    results = [(name, result) for name, result in found if result is not None]
+    names = ["", *(name for name, _ in results)]
     tables: list[Child] = []
-    for score in {score: None for result in results.values() for score in result.groups}:
-        parts = {part: None for result in results.values() for part in result.groups.get(score, {})}
+    for score in {score: None for _, result in results for score in result.groups}:
+        parts = {part: None for _, result in results for part in result.groups.get(score, {})}
         rows: list[list[Child]] = [
-            [part, *(_part(result, score, part) for result in results.values())] for part in parts
+            [part, *(_part(result, score, part) for _, result in results)] for part in parts
         ]
-        tables += [el("h3", score), table(["", *results], rows, class_="numbers")]
+        tables += [el("h3", score), table(names, rows, class_="numbers")]
     return tables
 
 
