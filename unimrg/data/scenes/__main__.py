@@ -3,6 +3,7 @@
 python -m unimrg.data.scenes write URL [--train N --test N --size S --questions Q --seed K --workers W]
 python -m unimrg.data.scenes bench [--scenes N --size S]        scenes per second of one core
 python -m unimrg.data.scenes sheet FILE.png [--split test]      a contact sheet with questions
+python -m unimrg.data.scenes tables FOLDER [--pairs N]          held-out questions as VLMEvalKit's tables
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from unimrg.data.scenes.make import make_scenes
+from unimrg.data.scenes.tables import tables
 from unimrg.data.scenes.world import SPLITS, Scene
 from unimrg.data.scenes.write import SceneSettings, pack, write
 from unimrg.errors import UnimrgError
@@ -56,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--scenes", type=int, default=18)
     three.add_argument("--seed", type=int, default=0)
     three.set_defaults(run=_sheet)
+    four = commands.add_parser("tables", help="held-out questions as Scenes_YN.tsv and Scenes_MCQ.tsv")
+    four.add_argument("folder", type=Path)
+    four.add_argument("--pairs", type=int, default=500, help="of scenes; six questions each scene")
+    four.add_argument("--size", type=int, default=default.size)
+    four.add_argument("--seed", type=int, default=0)
+    four.set_defaults(run=_tables)
     return parser
 
 
@@ -88,6 +97,14 @@ def _sheet(args: argparse.Namespace) -> None:
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % 6)
     rows = [np.concatenate(tiles[k : k + 6], axis=1) for k in range(0, len(tiles), 6)]
     Image.fromarray(np.concatenate(rows)).save(args.file)
+
+
+def _tables(args: argparse.Namespace) -> None:
+    scenes = make_scenes(2 * args.pairs, seed=args.seed, split="test", size=args.size)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, text in tables(scenes, args.seed).items():
+        (args.folder / name).write_text(text, "utf-8")
+        print(f"{args.folder / name}: {len(text.splitlines()) - 1} questions")
 
 
 def _tile(scene: Scene) -> np.ndarray:

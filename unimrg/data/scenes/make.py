@@ -138,6 +138,7 @@ def _question(plan: Plan, ask: Ask, picture: int, world: World, pair: str) -> Qu
     return Question(
         text=ask.text,
         answer=ask.answer(picture),
+        answers=(ask.answer(0), ask.answer(1)),
         family=ask.stake.family,
         pair=pair,
         options=ask.options,

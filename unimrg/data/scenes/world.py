@@ -131,7 +131,8 @@ class Question:
     """A question with a one-word answer.
 
     family: one of `FAMILIES`. pair: the same text asked of the complementary picture has the same pair id.
-    options: the admissible answers, in a fixed order; chance is 1 / len(options).
+    answers: of both pictures of the pair. options: the admissible answers, in a fixed order; chance is
+    1 / len(options).
     conflict: whether the obvious cue misleads (see `questions.py`); None where the family has no such cue.
     unseen: whether an object asked about has a held-out combination of colour and shape.
     objects: instance ids (from 1) of the objects asked about.
@@ -140,6 +141,7 @@ class Question:
 
     text: str
     answer: str
+    answers: tuple[str, str]
     family: str
     pair: str
     options: tuple[str, ...]
