@@ -71,11 +71,32 @@ def test_drawing_is_decided_by_its_seed(name: str, guidance: float) -> None:
     assert not np.array_equal(first[0], first[1])
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_drawing_from_text_is_decided_by_text_and_seed(name: str, guidance: float) -> None:
+    """And not by the other texts of a call, whose lengths differ."""
+    texts = ["a red cone", "two blue cubes", "a small green ball behind a large yellow cylinder"]
+
+    def draw(texts: list[str], seed: int) -> np.ndarray:
+        options = DrawOptions(iterations=3, guidance=guidance, seed=seed)
+        return np.stack(shared_model(name).draw_text(processor(name), texts, options))
+
+    first = draw(texts[:2], 1)
+    assert first.shape == (2, SIDE, SIDE, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, draw(texts[:2], 1))
+    assert not np.array_equal(first, draw(texts[:2], 2))
+    longer, other = draw([texts[0], texts[2]], 1), draw([texts[1], texts[2]], 1)
+    assert np.abs(first[0].astype(int) - longer[0]).max() <= 1
+    assert not np.array_equal(first[0], other[0])
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 100])
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_iterations_draws_something(name: str, iterations: int) -> None:
     options = DrawOptions(iterations=iterations, temperature=0.0)
     (drawn,) = shared_model(name).draw(processor(name), pictures(1), Task.PIXEL, options)
+    assert drawn.std() > 0
+    (drawn,) = shared_model(name).draw_text(processor(name), ["a red cone"], options)
     assert drawn.std() > 0
 
 

@@ -50,6 +50,14 @@ PROMPTS: dict[Task, tuple[str, ...]] = {
 }
 
 
+def picture_prompt(text: str) -> str:
+    """The prompt that draws what `text` says, from no picture: the counterpart of `UNCONDITIONAL`.
+
+    Harmon's and OpenUni's text-to-image training (arXiv 2503.21979, 2505.23661).
+    """
+    return f"{UNCONDITIONAL[:-1]}: {text}"
+
+
 def canonical_prompt(task: Task) -> str:
     """The prompt used to draw `task` at inference."""
     return PROMPTS[task][0]

@@ -20,6 +20,7 @@ from unimrg.families.harmon.sampling import guidance_at, mask_schedule
 from unimrg.losses import combine
 from unimrg.sample import IMAGE_TASKS, Task, Turn
 from unimrg.schedule import cosine_with_warmup
+from unimrg.tasks import UNCONDITIONAL, picture_prompt
 
 Load = Callable[[str], Case]
 TASKS = ("understanding", "depth", "recon", "mask")
@@ -311,6 +312,7 @@ def test_prompt_tokens_agree(harmon_case: Load, published: HarmonProcessor) -> N
         assert published.prompt(task, entry["text"].removeprefix(slip)) == entry["input_ids"], entry["text"]
     for entry in case.config["text_to_image_prompts"]:
         assert published.encode(OPEN + entry["text"] + CLOSE) == entry["input_ids"]
+        assert entry["text"] in (UNCONDITIONAL, picture_prompt(entry["text"].partition(": ")[2]))
 
 
 def test_conversation_tokens_agree(harmon_case: Load, published: HarmonProcessor) -> None:

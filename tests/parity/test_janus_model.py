@@ -16,6 +16,7 @@ from transformers import JanusForConditionalGeneration
 from tests.parity.cases import assert_agrees
 from tests.tiny_harmon import random_sample
 from tests.tiny_janus import make_processor, micro, random_model, tokenizer
+from unimrg.families.base import DrawOptions
 from unimrg.families.janus.checkpoint import from_original, save_published, to_original
 from unimrg.families.janus.config import VARIANTS
 from unimrg.families.janus.generate import embed_nothing, embed_prompt, sample_codes
@@ -123,7 +124,10 @@ def test_drawing_agrees(
     assert torch.equal(ours, codes) and len(codes.unique()) > 3
     assert_agrees({"logits": torch.stack(got)}, {"logits": torch.stack(want)})
     pixels = published.decode_image_tokens(codes)
-    assert torch.equal(model.decode_pictures(ours), ((pixels + 1) * 127.5).round().clamp(0, 255).byte())
+    want_pictures = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+    assert torch.equal(model.decode_pictures(ours), want_pictures)
+    (drawn,) = model.draw_text(using, ["A red cone."], DrawOptions(guidance=5.0, temperature=0.0))
+    assert np.array_equal(drawn, want_pictures[0].numpy())
 
 
 @torch.no_grad()

@@ -81,6 +81,21 @@ def test_prompts_for_drawing_from_text_agree(showo_case: Load) -> None:
         assert_is_row(bench, branch, row, mask, given["masked_image_ids"][number])
 
 
+def test_prompts_of_drawing_agree(showo_case: Load) -> None:
+    """As they are used, all codes masked; but those that the golden rows cut."""
+    case = showo_case("prompting")
+    bench, want = Bench(case), case.outputs
+    codes = torch.zeros(bench.config.target_tokens, dtype=torch.long)
+    hidden, compared = bench.target(torch.ones_like(codes, dtype=torch.bool)), 0
+    for number, text in enumerate(case.config["texts"]["t2i"]):
+        branch = bench.processor.text_branch(text.removeprefix(f"{bench.config.text_end} "), hidden)
+        if len(branch.ids) <= case.config["showo"]["max_seq_length"] + 1:
+            row, mask = want["t2i_gen.cond_ids"][number], want["t2i_gen.mask"][number]
+            assert_is_row(bench, branch, row, mask, codes)
+            compared += 1
+    assert compared >= 4
+
+
 def test_unconditional_prompts_agree(showo_case: Load) -> None:
     case = showo_case("prompting")
     bench, want = Bench(case), case.outputs

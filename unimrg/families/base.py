@@ -99,6 +99,10 @@ class Family(PreTrainedModel):
         """Pictures uint8 [S, S, 3]: `images` redrawn, or their depth or segmentation."""
 
     @abstractmethod
+    def draw_text(self, processor: Any, texts: Sequence[str], options: DrawOptions) -> list[np.ndarray]:
+        """Pictures uint8 [S, S, 3] of what each text says, from no picture."""
+
+    @abstractmethod
     def named_parts(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters and the part each belongs to; those of a part outside `PARTS` are never trained."""
 

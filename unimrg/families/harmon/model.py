@@ -218,6 +218,12 @@ class Harmon(Family):
         """Redraw pictures, or draw their depth or segmentation."""
         return generate.draw(self, processor, images, task, options)
 
+    def draw_text(
+        self, processor: HarmonProcessor, texts: Sequence[str], options: DrawOptions
+    ) -> list[np.ndarray]:
+        """Draw what each text says."""
+        return generate.draw_text(self, processor, texts, options)
+
     # -- freezing --------------------------------------------------------------------------------------------
 
     @property

@@ -7,6 +7,7 @@ picture, H width of the language model, K size of the codebook.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +65,26 @@ def draw(
 ) -> list[np.ndarray]:
     """Draw one picture per image, uint8 [S, S, 3]. `options.iterations` says nothing: a step is a code."""
     ids = [*processor.question(canonical_prompt(task)), *processor.open_image]
-    embeds = torch.stack([embed_prompt(model, processor, image, ids) for image in images])
+    return _draw(model, processor, [embed_prompt(model, processor, image, ids) for image in images], options)
+
+
+@torch.no_grad()
+def draw_text(
+    model: Janus, processor: JanusPackedProcessor, texts: Sequence[str], options: DrawOptions
+) -> list[np.ndarray]:
+    """Draw one picture per text, uint8 [S, S, 3]; the text is the whole prompt."""
+    ids = [[*processor.question(text, with_image=False), *processor.open_image] for text in texts]
+    rows = [embed_prompt(model, processor, None, row) for row in ids]
+    # Neighbours of one length at a time: the published sampling knows no padding that isn't seen.
+    together = (list(same) for _, same in groupby(rows, key=len))
+    return [picture for same in together for picture in _draw(model, processor, same, options)]
+
+
+def _draw(
+    model: Janus, processor: JanusPackedProcessor, rows: Sequence[Tensor], options: DrawOptions
+) -> list[np.ndarray]:
+    """One picture behind each prompt [P, H], all of one length."""
+    embeds = torch.stack(list(rows))
     guidance = options.guidance or model.config.guidance
     if guidance != 1:
         embeds = torch.cat([embeds, embed_nothing(model, processor, embeds.shape[1]).expand_as(embeds)])

@@ -156,6 +156,12 @@ class Janus(Family):
         """Redraw pictures, or draw their depth or segmentation; every code is one step of decoding."""
         return generate.draw(self, processor, images, task, options)
 
+    def draw_text(
+        self, processor: JanusPackedProcessor, texts: Sequence[str], options: DrawOptions
+    ) -> list[np.ndarray]:
+        """Draw what each text says."""
+        return generate.draw_text(self, processor, texts, options)
+
     # -- freezing --------------------------------------------------------------------------------------------
 
     def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:

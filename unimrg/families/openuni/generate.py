@@ -18,7 +18,7 @@ from unimrg.families.openuni import libraries
 from unimrg.families.openuni.processor import OpenUniProcessor, OpenUniTarget
 from unimrg.families.processor import Pictures
 from unimrg.sample import Task
-from unimrg.tasks import UNCONDITIONAL, canonical_prompt
+from unimrg.tasks import UNCONDITIONAL, canonical_prompt, picture_prompt
 
 if TYPE_CHECKING:
     from unimrg.families.openuni.model import OpenUni
@@ -57,17 +57,34 @@ def draw(
     task: Task,
     options: DrawOptions,
 ) -> list[np.ndarray]:
-    """Draw one picture per image, uint8 [S, S, 3].
+    """Draw one picture per image, uint8 [S, S, 3]."""
+    prompts = [canonical_prompt(task)] * len(images)
+    return _draw(model, processor, prompt_conditions(model, processor, images, prompts), options)
+
+
+@torch.no_grad()
+def draw_text(
+    model: OpenUni, processor: OpenUniProcessor, texts: Sequence[str], options: DrawOptions
+) -> list[np.ndarray]:
+    """Draw one picture per text, uint8 [S, S, 3]."""
+    prompts = [picture_prompt(text) for text in texts]
+    conditions = prompt_conditions(model, processor, [None] * len(texts), prompts)
+    return _draw(model, processor, conditions, options)
+
+
+def _draw(
+    model: OpenUni, processor: OpenUniProcessor, conditions: Tensor, options: DrawOptions
+) -> list[np.ndarray]:
+    """One picture for each of `prompt_conditions`.
 
     Guidance leads away from the unconditional prompt of the published text-to-image training, which has no
-    picture; it is the same for all images and is computed once.
+    picture; it is the same for all and is computed once.
     """
-    conditions = prompt_conditions(model, processor, images, canonical_prompt(task), task)
-    guidance = options.guidance or model.config.guidance
+    count, guidance = len(conditions), options.guidance or model.config.guidance
     if guidance != 1:
-        nothing = prompt_conditions(model, processor, [None], UNCONDITIONAL, task)
+        nothing = prompt_conditions(model, processor, [None], [UNCONDITIONAL])
         conditions = torch.cat([nothing.expand_as(conditions), conditions])
-    shape = (len(images), model.config.vae.latent_channels, *model.grid)
+    shape = (count, model.config.vae.latent_channels, *model.grid)
     generator = torch.Generator(conditions.device).manual_seed(options.seed)
     noise = torch.randn(shape, generator=generator, device=conditions.device) * options.temperature
     scheduler = libraries.dpm_solver(model.config.flow_shift)
@@ -80,13 +97,12 @@ def prompt_conditions(
     model: OpenUni,
     processor: OpenUniProcessor,
     images: Sequence[np.ndarray | None],
-    prompt: str,
-    task: Task,
+    prompts: Sequence[str],
 ) -> Tensor:
-    """What SANA is told by `prompt` about each image, or by it alone (None): [n, Q, caption channels]."""
+    """What SANA is told by each prompt about its image, or by it alone (None): [n, Q, caption channels]."""
     pictures, branches = Pictures(), []
-    for image in images:
-        target = OpenUniTarget(task, 0, 0, np.ones(processor.cells, bool))
+    target = OpenUniTarget(Task.PIXEL, 0, 0, np.ones(processor.cells, bool))  # only that there is one counts
+    for image, prompt in zip(images, prompts, strict=True):
         number = None if image is None else pictures.add(image)
         branches.append(processor.drawing_branch(prompt, number, target))
     batch = processor.assemble(branches, pictures, len(images), 0).to(model.device_of_weights)

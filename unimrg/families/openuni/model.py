@@ -219,6 +219,12 @@ class OpenUni(Family):
         """Redraw pictures, or draw their depth or segmentation."""
         return generate.draw(self, processor, images, task, options)
 
+    def draw_text(
+        self, processor: OpenUniProcessor, texts: Sequence[str], options: DrawOptions
+    ) -> list[np.ndarray]:
+        """Draw what each text says."""
+        return generate.draw_text(self, processor, texts, options)
+
     # -- freezing --------------------------------------------------------------------------------------------
 
     def freeze(self, parts: Sequence[str], tasks: Sequence[Task]) -> None:

@@ -20,7 +20,7 @@ from unimrg.families.showo.processor import ShowoProcessor, ShowoTarget
 from unimrg.families.showo.sampling import UNKNOWN, Noise, fill_in, masked_after, temperatures
 from unimrg.plan import Plan
 from unimrg.sample import Task
-from unimrg.tasks import UNCONDITIONAL, canonical_prompt
+from unimrg.tasks import canonical_prompt
 
 if TYPE_CHECKING:
     from unimrg.families.showo.model import Showo
@@ -55,15 +55,30 @@ def draw(
 ) -> list[np.ndarray]:
     """Draw one picture per image, uint8 [S, S, 3]."""
     prompt = processor.drawing_branch(canonical_prompt(task), 0)
-    guided = Prompts(model, [_row(model, processor, image, prompt) for image in images])
+    return _draw(model, processor, [_row(model, processor, image, prompt) for image in images], options)
+
+
+@torch.no_grad()
+def draw_text(
+    model: Showo, processor: ShowoProcessor, texts: Sequence[str], options: DrawOptions
+) -> list[np.ndarray]:
+    """Draw one picture per text, uint8 [S, S, 3]; the text is the whole prompt."""
+    rows = [_row(model, processor, None, processor.text_branch(text)) for text in texts]
+    return _draw(model, processor, rows, options)
+
+
+def _draw(
+    model: Showo, processor: ShowoProcessor, rows: Sequence[tuple[Tensor, Plan]], options: DrawOptions
+) -> list[np.ndarray]:
+    """One picture behind each prompt, as `Prompts` takes them."""
+    guided = Prompts(model, rows)
     guidance, free = options.guidance or model.config.guidance, None
     if guidance != 1:
-        branch = processor.drawing_branch(UNCONDITIONAL, 0)
-        free = Prompts(model, [_row(model, processor, None, branch)] * len(images))
+        free = Prompts(model, [_row(model, processor, None, processor.text_branch(""))] * len(rows))
     cells = model.config.target_tokens
     steps = options.iterations or min(DEFAULT_ITERATIONS, cells)
     generator = torch.Generator(model.device_of_weights).manual_seed(options.seed)
-    codes = torch.full((len(images), cells), UNKNOWN, device=model.device_of_weights)
+    codes = torch.full((len(rows), cells), UNKNOWN, device=model.device_of_weights)
     drawn = codes
     for step, temperature in enumerate(temperatures(options.temperature, steps)):
         logits = code_logits(guided, free, codes, guidance)

@@ -194,6 +194,12 @@ class Showo(Family):
         """Redraw pictures, or draw their depth or segmentation."""
         return generate.draw(self, processor, images, task, options)
 
+    def draw_text(
+        self, processor: ShowoProcessor, texts: Sequence[str], options: DrawOptions
+    ) -> list[np.ndarray]:
+        """Draw what each text says."""
+        return generate.draw_text(self, processor, texts, options)
+
     # -- training --------------------------------------------------------------------------------------------
 
     def block_tokens(self, text: int) -> dict[str, int]:

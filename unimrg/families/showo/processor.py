@@ -107,10 +107,14 @@ class ShowoProcessor(PackedProcessor[ShowoTarget, ShowoBatch]):
     def drawing_branch(self, text: str, image: int, target: ShowoTarget | None = None) -> Branch[ShowoTarget]:
         """Behind the picture, or on its own when the prompt is the unconditional one."""
         if text == UNCONDITIONAL:
-            ids = [self.config.special("t2i"), self.end, self.end]
-            return Branch((), None, ids, [IGNORE] * len(ids), target)
+            return self.text_branch("", target)
         ids = [self.end, *self.encode(text), self.end]
         return Branch(self.opening, image, ids, [IGNORE] * len(ids), target)
+
+    def text_branch(self, text: str, target: ShowoTarget | None = None) -> Branch[ShowoTarget]:
+        """What is drawn from text alone; without any it is the unconditional prompt."""
+        ids = [self.config.special("t2i"), self.end, *self.encode(text), self.end]
+        return Branch((), None, ids, [IGNORE] * len(ids), target)
 
     # -- targets ---------------------------------------------------------------------------------------------
 
