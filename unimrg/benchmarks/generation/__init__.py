@@ -1,0 +1,1 @@
+"""Benchmarks of drawing from text: GenEval and DPG-Bench, from prompts to scores."""
