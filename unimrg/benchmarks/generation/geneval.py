@@ -2,7 +2,7 @@
 
 Ghosh, Hajishirzi and Schmidt, "GenEval: an object-focused framework for evaluating text-to-image alignment"
 (arXiv 2310.11513). Verdicts and scores are those of the official scripts; where the pictures lie is in
-`geneval_folder`, who finds the objects in `detector`.
+`geneval_files`, who finds the objects in `detector`.
 """
 
 from __future__ import annotations
@@ -217,10 +217,9 @@ class Row:
             details = json.loads(plain.get("details") or "{}")
             if not isinstance(plain["correct"], bool):
                 raise ValueError(f"correct is {plain['correct']!r}")
-            texts = [str(plain[key]) for key in ("filename", "tag", "prompt")]
-            return cls(
-                *texts, plain["correct"], str(plain.get("reason") or ""), str(plain["metadata"]), details
-            )
+            filename, tag, prompt = (str(plain[key]) for key in ("filename", "tag", "prompt"))
+            reason, metadata = str(plain.get("reason") or ""), str(plain["metadata"])
+            return cls(filename, tag, prompt, plain["correct"], reason, metadata, details)
         except KeyError as error:
             raise DataError(
                 f"{where}: a result of GenEval lacks {error}; score the pictures again"
@@ -234,9 +233,12 @@ def read_results(path: str | Path) -> list[Row]:
     return [Row.parse(line, where) for where, line in read_lines(path)]
 
 
-def score(rows: Iterable[Row], protocol: Mapping[str, str] | None = None) -> BenchmarkResult:
+def score(
+    rows: Iterable[Row], protocol: Mapping[str, str] | None = None, prompts: Sequence[Prompt] = ()
+) -> BenchmarkResult:
     """Shares of right pictures, by tag, whatever the order of the rows.
 
+    prompts: those that were to be drawn; the ones without a picture are counted, and nothing else.
     overall: mean of the tags present, 0..1. pictures: share of right ones, prompts: share of those with at
     least one right picture, both in percent.
     """
@@ -261,5 +263,6 @@ def score(rows: Iterable[Row], protocol: Mapping[str, str] | None = None) -> Ben
         {"overall": shares},
         dict(protocol or {}),
         {"pictures": len(rows), "prompts": len(any_right)}
-        | {f"pictures of {tag}": len(right) for tag, right in by_tag.items()},
+        | {f"pictures of {tag}": len(right) for tag, right in by_tag.items()}
+        | {"prompts without pictures": sum(prompt.line not in any_right for prompt in prompts)},
     )
