@@ -93,3 +93,43 @@ def make_clip(folder: Path) -> Path:
         folder
     )
     return folder
+
+
+def make_blip(folder: Path) -> Path:
+    """A BLIP that answers questions of `WORDS`."""
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForQuestionAnswering,
+        BlipTextConfig,
+        BlipVisionConfig,
+    )
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    ids = {word: number for number, word in enumerate(WORDS)}
+    tokenizer = BertTokenizer(vocab=ids, do_lower_case=True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = BlipTextConfig(
+        **sizes,
+        vocab_size=len(WORDS),
+        encoder_hidden_size=16,
+        projection_dim=8,
+        bos_token_id=ids["[DEC]"],
+        eos_token_id=ids["[SEP]"],
+        sep_token_id=ids["[SEP]"],
+        pad_token_id=ids["[PAD]"],
+        is_decoder=True,
+    )
+    vision = BlipVisionConfig(**sizes, image_size=16, patch_size=4, projection_dim=8)
+    model = BlipForQuestionAnswering(
+        BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder

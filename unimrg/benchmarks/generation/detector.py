@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from unimrg.benchmarks.generation.files import load_tokenizer
 from unimrg.benchmarks.generation.geneval import COLORS
 from unimrg.benchmarks.generation.geneval_files import Found
 from unimrg.errors import CheckpointError
@@ -127,7 +128,7 @@ class ColorClassifier:
         self.model: Any = load_model(CLIPModel, folder, ("clip",), "clip").to(device)
         self.processor: Any = load_processor(folder, "clip")
         self.device = device
-        self.tokenizer = _tokenizer(folder, self.model.config.text_config.vocab_size)
+        self.tokenizer = load_tokenizer(folder, self.model.config.text_config.vocab_size, "clip")
         self.known: dict[str, Tensor] = {}
 
     @torch.inference_mode()
@@ -151,21 +152,6 @@ class ColorClassifier:
             means = normalize(told, dim=-1).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
             self.known[name] = normalize(means, dim=-1)
         return self.known[name]
-
-
-def _tokenizer(folder: Any, words: int) -> Any:
-    """The tokenizer beside the weights, of as many words as they have: from a folder without a vocabulary the
-    library makes an empty one."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        fault = f"{len(tokenizer)} words for {words}" if len(tokenizer) != words else ""
-    except Exception as error:  # unknown classes, missing files, bad JSON: all mean the same here
-        fault = type(error).__name__
-    if fault:
-        raise CheckpointError(f"clip {folder}: no usable tokenizer ({fault}); fetch it with the weights")
-    return tokenizer
 
 
 def cut_out(picture: np.ndarray, found: Found) -> Image.Image:

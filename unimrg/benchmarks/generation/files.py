@@ -1,11 +1,12 @@
-"""Text files of the benchmarks, line by line, with messages that name the place."""
+"""Files of others that the benchmarks read, with messages that name the place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from unimrg.errors import DataError
+from unimrg.errors import CheckpointError, DataError
 
 
 def read_text(path: str | Path) -> str:
@@ -24,3 +25,26 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
     if not lines:
         raise DataError(f"{path} is empty; fetch it again")
     return ((f"{path}, line {number}", line) for number, line in lines)
+
+
+UNUSED_WORDS = 16
+"""Rows of a model's vocabulary that its tokenizer may lack."""
+
+
+def load_tokenizer(folder: Path, words: int, purpose: str) -> Any:
+    """The tokenizer beside the weights of a model with `words` words.
+
+    Raises CheckpointError, also for one of far fewer: from a folder without a vocabulary the library makes an
+    empty one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        fits = 0 <= words - len(tokenizer) <= UNUSED_WORDS
+        fault = "" if fits else f"{len(tokenizer)} words for {words}"
+    except Exception as error:  # unknown classes, missing files, bad JSON: all mean the same here
+        fault = type(error).__name__
+    if fault:
+        raise CheckpointError(f"{purpose} {folder}: no usable tokenizer ({fault}); fetch it with the weights")
+    return tokenizer
