@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from unimrg.benchmarks import dense, intervals
+from unimrg.benchmarks.dense.boundaries import within
 
 FIXTURES = Path(__file__).parent / "parity" / "fixtures" / "dense"
 
@@ -90,7 +91,7 @@ def test_reach_is_the_distance_transform() -> None:
     marks = np.random.default_rng(0).random((40, 31)) < 0.01
     distance = ndimage.distance_transform_edt(~marks)
     for reach in (0.0, 1.0, 2.5, 5.0):
-        np.testing.assert_array_equal(dense._within(marks, reach), distance <= reach)
+        np.testing.assert_array_equal(within(marks, reach), distance <= reach)
 
 
 def test_boundaries_that_are_empty() -> None:
