@@ -7,15 +7,21 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from cluster.exporter import exporting
 from cluster.labeler import Told, all_parts, jobs_of, label, open_stores
+from cluster.monitor import Show, count_labelled, count_retries
 from cluster.prepare import check_data, make_absolute, prepare_data
 from cluster.session import gpus_of_cluster, ray_session
 from cluster.teachers import settle_types
 from unimrg.config import LabelConfig, RunConfig
 from unimrg.data.label_store import LabelStore
 from unimrg.errors import DataError
+from unimrg.figures import Figures
 from unimrg.label import describe
 from unimrg.storage import Store
+
+JOB = "label"
+"""What Prometheus is shown the job as."""
 
 
 def run(config: LabelConfig) -> int:
@@ -33,20 +39,21 @@ def run(config: LabelConfig) -> int:
     Store.at(whole.labels.store, whole.s3.store()).check_writable()
     prepare_data(whole)
     check_data(whole)
-    with ray_session() as logs:
-        for store in label_all(whole, logs):
+    with ray_session() as logs, exporting(config.metrics, JOB, "labelling") as outlet:
+        for store in label_all(whole, logs, Show(JOB, outlet)):
             print("\n".join(describe(store)), flush=True)
+        outlet.enter(JOB, "done")
     return 0
 
 
-def label_all(config: RunConfig, logs: str) -> list[LabelStore]:
+def label_all(config: RunConfig, logs: str, show: Show) -> list[LabelStore]:
     """Label what isn't yet of a run's data; returns the label stores. `logs`: where Ray's are.
 
-    Raises DataError when too much of a data set is unusable.
+    show: how Prometheus is shown the labelling. Raises DataError when too much of a data set is unusable.
     """
     settle_types(config, gpus_of_cluster())
     jobs = jobs_of(config, open_stores(config, wait=True))
-    tally = _Tally(sum(job.store.rows for job in jobs) * (1 + config.labels.codes))
+    tally = _Tally(sum(job.store.rows for job in jobs) * (1 + config.labels.codes), show)
     for job in jobs:
         tally.before(job.store, *(len(p.done()) for p in (job.store.labels, job.codes) if p is not None))
     if tally.rows_left:
@@ -59,10 +66,12 @@ def label_all(config: RunConfig, logs: str) -> list[LabelStore]:
 
 
 class _Tally:
-    """What is done, shown as a bar on a terminal."""
+    """What is done, shown as a bar on a terminal, and to Prometheus."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, show: Show) -> None:
         self.rows_left = rows
+        self.shown, self.figures = show, Figures(show.name)
+        show.outlet.show(show.name, self.figures.collect())
         self.bar = tqdm(total=rows, unit="row", disable=None)
         self.reasons: Counter[str] = Counter()
         self._lock = threading.Lock()  # labels and codes are told of from two threads
@@ -80,6 +89,9 @@ class _Tally:
             if self.reasons:
                 self.bar.set_postfix(self.reasons)
             self.bar.update(told.rows)
+            count_labelled(self.figures, told.rows, told.kind, told.reasons)
+            count_retries(self.figures, told.retries)
+            self.shown.outlet.show(self.shown.name, self.figures.collect())
 
 
 def _judge(store: LabelStore, config: RunConfig) -> None:

@@ -407,5 +407,5 @@ class Labeller:
             self.monitor.event.remote("failure", self._failure)
 
     def _tell(self, told: Told) -> None:
-        self.monitor.labelled.remote(told.rows, told.kind)
+        self.monitor.labelled.remote(told.rows, told.kind, told.reasons)
         self.monitor.retried.remote(told.retries)

@@ -19,9 +19,10 @@ import yaml
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.exporter import Outlet, exporting
 from cluster.held_out import compare
 from cluster.labeler import Labeller, open_stores
-from cluster.monitor import start_monitor
+from cluster.monitor import Show, start_monitor
 from cluster.pipeline import Stored, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.progress import Progress
@@ -55,19 +56,22 @@ def run(config: RunConfig) -> int:
     check_data(config)
     (folder / "config.yaml").write_text(yaml.safe_dump(redacted(config), sort_keys=False))
     _point_latest(folder)
-    with ray_session() as logs:
+    with ray_session() as logs, exporting(config.metrics, config.name) as outlet:
         gpus = gpus_of_cluster()
         _settle(config, gpus)
         stored = open_stores(config, wait=config.labels.mode == "streaming") if uses_store(config) else None
         print(f"run {config.name}: {_summary(config)}; Ray's logs: {logs}", flush=True)
-        outcome = train(config, folder, gpus, stored)
+        outcome = train(config, folder, gpus, stored, outlet=outlet)
         if "paused" in outcome:
+            outlet.enter(config.name, "paused")
             step, again = outcome["paused"], f"run again with name={config.name} to go on"
             print(f"saved at step {step} and stopped as told; {again}", flush=True)
             return PAUSED
         if config.report.enabled:
+            outlet.enter(config.name, "scoring")
             print("scoring held-out pictures before and after", flush=True)
             compare(config, folder, gpus)
+        outlet.enter(config.name, "done")
     page = write_report(folder)
     _mirror(folder, store)
     print(f"done in {time.monotonic() - began:.0f} s: {store.url}/{MODEL}, {page}", flush=True)
@@ -81,15 +85,25 @@ def local_folder(config: RunConfig) -> Path:
 
 
 def train(
-    config: RunConfig, folder: Path, gpus: int, stored: list[Stored] | None, until: int = 0
+    config: RunConfig,
+    folder: Path,
+    gpus: int,
+    stored: list[Stored] | None,
+    until: int = 0,
+    outlet: Outlet | None = None,
+    shown_as: str = "",
 ) -> dict[str, Any]:
     """Run the worker group to its end, or to a pause when this process is told to end (SIGTERM).
 
     until: optimiser steps after which it ends early and leaves a model, as if by chance: schedules still
     reach to `train.steps`, and a later call goes on from there; 0 = to the last step.
+    outlet: to Prometheus; shown_as: name of the run there, its own by default.
     Returns what rank 0 did: `steps`, or `paused` and the step. Raises UnimrgError when it fails for good.
     """
-    monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked)
+    weights = {task.value: weight for task, weight in config.weights.by_task().items()}
+    show = Show(shown_as or config.name, outlet or Outlet(), config.train.steps, weights)
+    monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked, show)
+    show.outlet.enter(show.name, "training")
     store = run_store(config)
     labeller = _start_labeller(config, monitor, stored) if config.labels.mode == "streaming" else None
     use_gpu = gpus > 0

@@ -132,6 +132,7 @@ class _Worker:
         self.warned = False
         self.saved_step = -1
         self.checkpoint_values: dict[str, float] = {}
+        self.saving_since = 0.0
         self.verdict: Any = None
 
     def run(self) -> dict[str, Any]:
@@ -335,6 +336,7 @@ class _Worker:
         )
         started = time.perf_counter()
         self._commit(self.saver.finish(wait=True))
+        self.saving_since = time.perf_counter()
         self.saver.begin(self.engine, progress)
         self.checkpoint_values = {"checkpoint_seconds": time.perf_counter() - started}
 
@@ -350,7 +352,9 @@ class _Worker:
         name = step_name(progress.step, self.ranks)
         self.checkpoint_values["checkpoint_step"] = progress.step
         if self.rank == 0:
-            self.monitor.event.remote("checkpoint", name, progress.step)
+            stalled = self.checkpoint_values.get("checkpoint_seconds", 0.0)
+            seconds = time.perf_counter() - self.saving_since
+            self.monitor.checkpoint.remote(name, progress.step, stalled, seconds)
             try:
                 retire(self.saver.store, self.config.train.keep_checkpoints, self.config.train.keep_best)
             except (StorageError, CheckpointError) as error:

@@ -43,6 +43,7 @@ LAYERS = (
         "health",
         "watchdog",
         "lora",
+        "figures",
         "memory",
         "metrics",
         "schedule",

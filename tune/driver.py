@@ -18,8 +18,10 @@ import ray
 import ray.tune
 from ray.tune.search import Searcher
 
+from cluster.exporter import Outlet, exporting
 from cluster.held_out import load_held_out
 from cluster.label_job import label_all
+from cluster.monitor import Show
 from cluster.pipeline import data_cpus, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.session import LAPTOP_CPUS, gpus_of_cluster, node_resource, ray_session
@@ -31,6 +33,7 @@ from tune.objectives import OBJECTIVES
 from tune.outcome import Outcome
 from tune.records import REPEATED, SEARCHED, Records, Trial
 from tune.scoring import split
+from tune.told import Told
 from tune.trial import Shared, clean, run_trial, write_job
 from unimrg.config import RunConfig, redacted, to_plain
 from unimrg.errors import ConfigError, DataError, UnimrgError
@@ -40,7 +43,7 @@ BEGUN = "search.json"
 ON_CPUS = 2
 """Trials at once where there are no GPUs."""
 
-FREE = ("search.resume", "search.max_failures", "log_every", "s3", "cluster")
+FREE = ("search.resume", "search.max_failures", "log_every", "s3", "cluster", "metrics")
 """Keys that may change when a search is resumed."""
 
 
@@ -91,12 +94,16 @@ def search(config: SearchConfig, usual: RunConfig) -> None:
     before = _begun(config, asked, store)
     prepare_data(config)
     check_data(config)
-    with ray_session(ON_CPUS * LAPTOP_CPUS) as logs:
+    with (
+        ray_session(ON_CPUS * LAPTOP_CPUS) as logs,
+        exporting(config.metrics, config.name, "labelling") as outlet,
+    ):
         gpus = gpus_of_cluster()
         lag = before["lag"] if before else _at_once(config, gpus)
         if uses_store(config):
-            label_all(config, logs)
-        shared = _share(config, gpus, lag)
+            label_all(config, logs, Show(config.name, outlet))
+        outlet.enter(config.name, "searching")
+        shared = _share(config, gpus, lag, outlet)
         if not before:
             store.write_bytes(BEGUN, json.dumps({"config": asked, "lag": lag}).encode())
         records = Records(store)
@@ -106,6 +113,7 @@ def search(config: SearchConfig, usual: RunConfig) -> None:
         outcome.begin(at_once)
         _run(config, campaign, records, shared, outcome, at_once)
         _clean_up(config, campaign)
+        outlet.enter(config.name, "done")
     outcome.end(store, time.monotonic() - began)
 
 
@@ -172,7 +180,7 @@ def _fitting(config: SearchConfig, gpus: int) -> int:
     return int(there[scarce] / needed[scarce])
 
 
-def _share(config: SearchConfig, gpus: int, lag: int) -> Shared:
+def _share(config: SearchConfig, gpus: int, lag: int, outlet: Outlet) -> Shared:
     """What all trials have in common: the run, and the held-out pictures in two parts."""
     options = config.search
     plain = {key: value for key, value in to_plain(config).items() if key != "search"}
@@ -196,7 +204,9 @@ def _share(config: SearchConfig, gpus: int, lag: int) -> Shared:
     _check_measurable(config, {question.pair for question in validation.questions})
     run.report.images = options.drawings
     parts = {SEARCHED: ray.put(validation), REPEATED: ray.put(test)}
-    return Shared(to_plain(run), run_store(config).url, tuple(options.objectives), gpus, parts)
+    return Shared(
+        to_plain(run), run_store(config).url, tuple(options.objectives), gpus, parts, config.name, outlet
+    )
 
 
 def _check_measurable(config: SearchConfig, pairs: set[str | None]) -> None:
@@ -221,9 +231,10 @@ def _check_measurable(config: SearchConfig, pairs: set[str | None]) -> None:
 class _Proposer(Searcher):
     """Hands Ray Tune the campaign's jobs."""
 
-    def __init__(self, campaign: Campaign, records: Records, outcome: Outcome) -> None:
+    def __init__(self, campaign: Campaign, records: Records, outcome: Outcome, show: Show) -> None:
         super().__init__()
         self.campaign, self.records, self.outcome = campaign, records, outcome
+        self.told = Told(show)
         self.running: dict[str, Job] = {}
         self.failure: UnimrgError | None = None
 
@@ -236,6 +247,7 @@ class _Proposer(Searcher):
         if job is None:
             return Searcher.FINISHED if self.failure or self.campaign.done else None
         self.running[trial_id] = job
+        self.told.now(self.campaign, len(self.running))
         return {"job": write_job(job)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -251,6 +263,8 @@ class _Proposer(Searcher):
             self.records.write(trial)
         self.campaign.tell(trial)
         self.outcome.finished(trial)
+        self.told.finished(trial)
+        self.told.now(self.campaign, len(self.running))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: records are all that is needed."""
@@ -269,7 +283,7 @@ def _run(
     at_once: int,
 ) -> None:
     """Every trial that isn't finished, on Ray Tune. Raises UnimrgError when it is no use to go on."""
-    proposer = _Proposer(campaign, records, outcome)
+    proposer = _Proposer(campaign, records, outcome, Show(config.name, shared.outlet))
     trainable = ray.tune.with_parameters(run_trial, shared=shared)
     with tempfile.TemporaryDirectory(prefix="unimrg-tune-") as folder:
         tuner = ray.tune.Tuner(

@@ -27,7 +27,18 @@ SHORT = {
     "weights.pixel": "pixel", "weights.depth": "depth", "weights.segmentation": "segm.",
     "train.learning_rate": "rate", "family.grad_scale": "scale",
 }  # fmt: skip
-NOT_KEPT = ("name", "seed", "storage_path", "s3", "labels", "report", "search", "log_every", "cluster")
+NOT_KEPT = (
+    "name",
+    "seed",
+    "storage_path",
+    "s3",
+    "labels",
+    "report",
+    "search",
+    "log_every",
+    "cluster",
+    "metrics",
+)
 """Keys of a search that say nothing about the run it found."""
 
 

@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import ray
 import ray.tune
 import yaml
 
+from cluster.exporter import Outlet
 from cluster.held_out import model_of
 from cluster.labeler import open_stores
 from cluster.pipeline import uses_store
@@ -45,13 +46,23 @@ LOSSES = ("step", "loss/total", "loss/understanding", "loss/pixel", "loss/depth"
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials know. config: the run's, plain; root: URL of the search's folder; parts: by phase."""
+    """What all trials know.
+
+    config: the run's, plain; root: URL of the search's folder; parts: by phase; search: its name; outlet: to
+    Prometheus.
+    """
 
     config: dict[str, Any]
     root: str
     objectives: tuple[str, ...]
     gpus: int
     parts: dict[str, Any]
+    search: str = ""
+    outlet: Outlet = field(default_factory=Outlet)
+
+    def shown_as(self, job: Job) -> str:
+        """What Prometheus is shown a trial as."""
+        return f"{self.search}/{job.id}"
 
 
 def run_trial(proposal: dict[str, Any], shared: Shared) -> None:
@@ -63,6 +74,7 @@ def run_trial(proposal: dict[str, Any], shared: Shared) -> None:
         _train(config, job, shared, trial)
     except UnimrgError as error:
         trial.state, trial.error, trial.values = "failed", " ".join(str(error).split()), {}
+    shared.outlet.enter(shared.shown_as(job), "failed" if trial.state == "failed" else "done")
     Records(Store.at(shared.root, config.s3.store())).write(trial)
     clean(run_store(config), keep_model=job.phase == REPEATED and job.strategy == "best")
     ray.tune.report({"state": trial.state, "steps": trial.steps, **trial.values})
@@ -101,7 +113,8 @@ def _train(config: RunConfig, job: Job, shared: Shared, trial: Trial) -> None:
         row = next((row for row in curve if row["step"] == until), None)
         if row is None:
             began = time.monotonic()
-            train(config, folder, shared.gpus, stored, until)
+            train(config, folder, shared.gpus, stored, until, shared.outlet, shared.shown_as(job))
+            shared.outlet.enter(shared.shown_as(job), "scoring")
             values, answers = _score(config, shared, job.phase, folder)
             seconds = round(time.monotonic() - began, 1)
             row = {"step": until, "seconds": seconds, "values": values, "answers": answers}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -563,6 +564,29 @@ class ReportConfig:
 
 
 @dataclass
+class MetricsConfig:
+    """What Prometheus is shown of a run (docs/metrics.md)."""
+
+    port: int = knob(
+        0,
+        "of http://<address>:<port>/metrics on the cluster's head, or on this machine; k8s/monitoring and "
+        "cluster.monitoring look at 9464; 0 = shown nowhere",
+    )
+    address: str = knob(
+        "127.0.0.1", "where that port listens: 127.0.0.1 = only this machine can ask, 0.0.0.0 = any can"
+    )
+
+    def check(self) -> None:
+        require("metrics.port", self.port, 0, 65535)
+        try:
+            ipaddress.ip_address(self.address)
+        except ValueError as error:
+            raise ConfigError(
+                f"metrics.address: {self.address!r} is no IP address; write 127.0.0.1, or 0.0.0.0 for all"
+            ) from error
+
+
+@dataclass
 class RunConfig:
     """One post-training run.
 
@@ -582,12 +606,15 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def check(self) -> None:
         """Raise ConfigError for the first value that can't be used."""
-        parts = ("family", "data", "teachers", "labels", "weights", "train", "engine", "cluster", "report")
-        for part in parts:
+        for part in (
+            *("family", "data", "teachers", "labels", "weights", "train", "engine", "cluster", "metrics"),
+            "report",
+        ):
             getattr(self, part).check()
         self._check_labels()
         if self.weights.balance == "gradnorm" and self.engine.name != "torch":
@@ -775,9 +802,10 @@ class LabelConfig:
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     family: FamilyConfig = field(default_factory=FamilyConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def check(self) -> None:
-        for part in ("data", "teachers", "labels", "family", "cluster"):
+        for part in ("data", "teachers", "labels", "family", "cluster", "metrics"):
             getattr(self, part).check()
         if self.labels.mode != "streaming":
             raise ConfigError(f"labels.mode: {self.labels.mode!r} labels nothing; leave it out")

@@ -1,7 +1,7 @@
-"""Everything a run measures: the list of names, the sinks that store them, and the timing arithmetic.
+"""What is measured of every step: the list of names, the file that stores them, and the timing arithmetic.
 
-One record a step goes to every sink. A value of None means "not measured in this step" (the task was not in
-the batch); NaN and infinity mean "measured, and it was bad" and are kept as such.
+A value of None means "not measured in this step" (the task was not in the batch); NaN and infinity mean
+"measured, and it was bad" and are kept as such. What Prometheus is shown is in `unimrg/figures.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,10 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from prometheus_client import CollectorRegistry, write_to_textfile
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric as MetricFamily
-from prometheus_client.registry import Collector
+from typing import Any
 
 from unimrg.errors import StorageError
 from unimrg.sample import Task
@@ -28,98 +23,61 @@ SKIPPED = "skipped/"  # followed by a reason from SampleError.REASONS
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured value: its key in a record, its unit, what it is, and its name for Prometheus."""
+    """One measured value of a step: its key in a record, its unit, and what it is."""
 
     name: str
     unit: str
     description: str
-    prometheus: str
-    labels: tuple[tuple[str, str], ...] = ()
-    counts_up: bool = False
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("step", "steps", "optimiser steps done", "unimrg_step"),
-    Metric(
-        "epoch", "epochs", "passes over the data set, with the fraction of the current one", "unimrg_epoch"
-    ),
-    Metric(
-        "position",
-        "samples",
-        "place in the order of samples; a resumed run goes on from here",
-        "unimrg_position",
-    ),
+    Metric("step", "steps", "optimiser steps done"),
+    Metric("position", "samples", "place in the order of samples; a resumed run goes on from here"),
     *(
         Metric(
             f"loss/{task.value}",
             "nats" if task is Task.UNDERSTANDING else "the family's image loss",
             f"mean loss of the {task.value} task over the global batch, before weights",
-            "unimrg_loss",
-            (("task", task.value),),
         )
         for task in Task
     ),
-    Metric(
-        "loss/total",
-        "weighted mean",
-        "the loss that is trained: weighted mean over tasks present",
-        "unimrg_loss_total",
+    Metric("loss/total", "weighted mean", "the loss that is trained: weighted mean over tasks present"),
+    *(
+        Metric(f"weight/{task.value}", "weight", f"weight of the {task.value} task, where weights move")
+        for task in Task
     ),
-    Metric("grad_norm", "l2 norm", "norm of all gradients before clipping", "unimrg_grad_norm"),
-    Metric("learning_rate", "per step", "learning rate of the step", "unimrg_learning_rate"),
-    Metric(
-        "samples_per_second",
-        "samples/s",
-        "samples of all workers per second of wall time",
-        "unimrg_samples_per_second",
-    ),
-    Metric(
-        "tokens_per_second",
-        "tokens/s",
-        "tokens of all workers per second of wall time",
-        "unimrg_tokens_per_second",
-    ),
-    Metric("step_seconds", "s", "duration of the step, waiting for data included", "unimrg_step_seconds"),
-    Metric(
-        "data_wait_share", "0..1", "part of the wall time spent waiting for a batch", "unimrg_data_wait_share"
-    ),
-    Metric(
-        "checkpoint_seconds",
-        "s",
-        "time for which training stood still to save the last checkpoint",
-        "unimrg_checkpoint_seconds",
-    ),
-    Metric("checkpoint_step", "steps", "optimiser steps in the last checkpoint", "unimrg_checkpoint_step"),
-    Metric(
-        "skipped_steps",
-        "steps",
-        "updates left out because loss or gradient was not finite",
-        "unimrg_skipped_steps",
-        counts_up=True,
-    ),
-    Metric("loss_spikes", "steps", "steps whose loss jumped", "unimrg_loss_spikes", counts_up=True),
-    Metric("rollbacks", "times", "returns to an earlier checkpoint", "unimrg_rollbacks", counts_up=True),
-    Metric("restarts", "times", "times that training was taken up again", "unimrg_restarts", counts_up=True),
-    Metric("hangs", "times", "workers ended because a step took too long", "unimrg_hangs", counts_up=True),
-    Metric("workers", "processes", "training processes", "unimrg_workers"),
+    Metric("grad_norm", "l2 norm", "norm of all gradients before clipping"),
+    Metric("learning_rate", "per step", "learning rate of the step"),
+    Metric("samples", "samples", "samples of all workers in the step"),
+    Metric("tokens", "tokens", "tokens of all workers in the step"),
+    Metric("model_flops", "FLOP", "matrix multiplications of the model in the step, on all workers"),
+    Metric("samples_per_second", "samples/s", "samples of all workers per second of wall time"),
+    Metric("tokens_per_second", "tokens/s", "tokens of all workers per second of wall time"),
+    Metric("step_seconds", "s", "duration of the step, waiting for data included"),
+    Metric("data_wait_seconds", "s", "part of the step that rank 0 waited for a batch"),
+    Metric("data_wait_share", "0..1", "part of the wall time spent waiting for a batch"),
+    Metric("checkpoint_seconds", "s", "time for which training stood still to save the last checkpoint"),
+    Metric("checkpoint_step", "steps", "optimiser steps in the last checkpoint"),
+    Metric("skipped_steps", "steps", "updates left out because loss or gradient was not finite"),
+    Metric("loss_spikes", "steps", "steps whose loss jumped"),
+    Metric("rollbacks", "times", "returns to an earlier checkpoint"),
+    Metric("restarts", "times", "times that training was taken up again"),
+    Metric("hangs", "times", "workers ended because a step took too long"),
+    Metric("workers", "processes", "training processes"),
     Metric(
         "model_tflops",
         "TFLOP/s per worker",
         "matrix multiplications of the model per second of wall time, none counted twice if recomputed",
-        "unimrg_model_tflops",
     ),
-    Metric(
-        "mfu", "0..1", "model_tflops as a part of what the worker's device could do at best", "unimrg_mfu"
-    ),
+    Metric("mfu", "0..1", "model_tflops as a part of what the worker's device could do at best"),
     Metric(
         "peak_memory_bytes",
         "bytes",
         "most that a worker has needed so far: on its GPU, or of its process without one",
-        "unimrg_peak_memory_bytes",
     ),
-    Metric("skipped", "samples", "unusable samples so far", "unimrg_skipped_samples", counts_up=True),
-    Metric("time_left_seconds", "s", "expected time until the last step", "unimrg_time_left_seconds"),
-    Metric("timestamp", "s since 1970", "when the step ended", "unimrg_timestamp_seconds"),
+    Metric("skipped", "samples", "unusable samples so far"),
+    Metric("time_left_seconds", "s", "expected time until the last step"),
+    Metric("timestamp", "s since 1970", "when the step ended"),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS}
@@ -128,21 +86,8 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 def metric(name: str) -> Metric | None:
     """The metric of that record key, `skipped/<reason>` included; None if there is none of that name."""
     if name.startswith(SKIPPED):
-        reason = name.removeprefix(SKIPPED)
-        labels = (("reason", reason),)
-        description = f"samples skipped so far: {reason}"
-        return Metric(
-            name, "samples", description, "unimrg_skipped_samples_by_reason", labels, counts_up=True
-        )
+        return Metric(name, "samples", f"samples skipped so far: {name.removeprefix(SKIPPED)}")
     return _BY_NAME.get(name)
-
-
-class Sink(Protocol):
-    """Somewhere records go."""
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 # --- JSON lines ---------------------------------------------------------------------------------------------
@@ -245,54 +190,6 @@ class JsonlSink:
             os.truncate(self.path, whole)
 
 
-# --- Prometheus ---------------------------------------------------------------------------------------------
-
-
-class PrometheusTextSink(Collector):
-    """The latest values as a Prometheus text file, for node_exporter's textfile collector (name it `*.prom`).
-
-    A value of None leaves the last known one in place. The file is replaced as a whole at each write.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._latest: dict[str, float] = {}
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if value is not None and metric(name) is not None:
-                self._latest[name] = float(value)
-        write_to_textfile(str(self.path), self._registry)
-
-    def collect(self) -> Iterator[MetricFamily]:
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for name, value in self._latest.items():
-            known = metric(name)
-            assert known is not None
-            family = families.get(known.prometheus)
-            if family is None:
-                kind = CounterMetricFamily if known.counts_up else GaugeMetricFamily
-                keys = [key for key, _ in known.labels]
-                family = families[known.prometheus] = kind(known.prometheus, _help(known), labels=keys)
-            family.add_metric([label for _, label in known.labels], value)
-        yield from families.values()
-
-    def close(self) -> None:
-        """Nothing is held open; the last file stays."""
-
-
-def _help(known: Metric) -> str:
-    """Help text of a Prometheus family; where labels tell values apart it names the label, not one value."""
-    if not known.labels:
-        return f"{known.description} ({known.unit})"
-    return {"task": "mean loss of each task, before weights", "reason": "samples skipped so far, by reason"}[
-        known.labels[0][0]
-    ]
-
-
 # --- timing -------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +252,11 @@ class Meter:
             "tokens_per_second": _ratio(sum(s.tokens for s in self._steps), wall),
             "model_tflops": None if speed is None else speed / 1e12,
             "mfu": None if speed is None or self.peak is None else speed / self.peak,
+            "samples": samples,
+            "tokens": tokens,
+            "model_flops": flops,
             "step_seconds": ended - started,
+            "data_wait_seconds": ready - started,
             "data_wait_share": _ratio(sum(s.waited for s in self._steps), wall),
             "time_left_seconds": None if left is None else left * wall / len(self._steps),
         }
