@@ -1,0 +1,5 @@
+"""Monitoring: alert rules and dashboards over the figures of `unimrg/figures.py`, and a local Prometheus."""
+
+from pathlib import Path
+
+RULES = Path(__file__).with_name("rules.yaml")
