@@ -110,6 +110,7 @@ def train(
     environment = dict(word.split("=", 1) for word in config.cluster.environment)
     least, most = config.cluster.min_workers or config.cluster.workers, config.cluster.workers
     workers: Any = (least, most) if least < most else most
+    labels = dict(label.split("=", 1) for label in config.cluster.node_labels)
     resources = {"CPU": config.cluster.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = config.cluster.gpus_per_worker
@@ -130,6 +131,7 @@ def train(
             elastic_resize_monitor_interval_s=config.cluster.resize_seconds,
             use_gpu=use_gpu,
             resources_per_worker=resources,
+            label_selector=labels or None,
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,

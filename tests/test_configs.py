@@ -163,6 +163,7 @@ REFUSED = {
     ("train", "data.manifests=[a.json,b.json] data.shares=[1]"): "1 numbers for 2 manifests",
     ("train", "teachers.depth.min_actors=3 teachers.depth.max_actors=2"): "2 is below min_actors = 3",
     ("train", "teachers.depth.node_labels=[teacher]"): "'teacher' is no label; write name=value",
+    ("train", "cluster.node_labels=[trainer]"): "'trainer' is no label; write name=value",
     ("train", "cluster.environment=[eth0]"): "'eth0' is no variable; write NAME=value",
     ("train", "data.stall_seconds=-1"): "data.stall_seconds: -1 is out of range",
     ("train", "family.grad_scale=2"): "family.grad_scale: 2.0 is out of range",

@@ -262,9 +262,13 @@ class PoolConfig:
             raise ConfigError(f"{key}.max_actors: {self.max_actors} is below min_actors = {self.min_actors}")
         if self.gpus != -1:
             require(f"{key}.gpus", self.gpus, 0)
-        for label in self.node_labels:
-            if "=" not in label:
-                raise ConfigError(f"{key}.node_labels: {label!r} is no label; write name=value")
+        _require_labels(f"{key}.node_labels", self.node_labels)
+
+
+def _require_labels(key: str, labels: list[str]) -> None:
+    for label in labels:
+        if "=" not in label:
+            raise ConfigError(f"{key}: {label!r} is no label; write name=value")
 
 
 @dataclass
@@ -510,6 +514,10 @@ class ClusterConfig:
     cpus_per_worker: float = knob(
         0.5, "logical CPUs of a worker; small, so that a laptop has room for the data"
     )
+    node_labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "train only on nodes with these Ray labels, like ['pool=trainer']"},
+    )
     max_failures: int = knob(3, "restarts after a crash")
     timeout_seconds: int = knob(600, "without a word from a worker, seconds, at least 10")
     hang_seconds: int = knob(
@@ -532,6 +540,7 @@ class ClusterConfig:
                 f"cluster.gpus_per_worker: {self.gpus_per_worker:g} of a GPU for each of {self.workers} "
                 "workers; NCCL wants whole ones, so set it to 1, or cluster.workers to 1"
             )
+        _require_labels("cluster.node_labels", self.node_labels)
         require("cluster.max_failures", self.max_failures, 0)
         require("cluster.timeout_seconds", self.timeout_seconds, 10)
         require("cluster.hang_seconds", self.hang_seconds, 0)
