@@ -1,0 +1,1 @@
+"""What is deployed, checked without a cluster: schemas, what the operators refuse, security, agreement."""
