@@ -32,6 +32,7 @@ KINDS = [
     "resourcequota-v1",
     "role-rbac-v1",
     "rolebinding-rbac-v1",
+    "secret-v1",
     "service-v1",
     "serviceaccount-v1",
 ]
