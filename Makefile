@@ -10,7 +10,7 @@ ARGS   ?=
 STAMP := $(VENV)/.installed-$(firstword $(shell (pwd; cat pyproject.toml constraints.txt) | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-all check format clean
+.PHONY: help env train test test-all check format audit clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,10 @@ check: env  ## look at formatting, lint and types; changes nothing
 format: env  ## format the code and mend what lint can mend
 	@$(PYTHON) -m ruff check --quiet --fix-only .
 	@$(PYTHON) -m ruff format --quiet .
+
+audit: env  ## look for known holes in what constraints.txt pins; asks the OSV database
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit; }
+	@build/audit/bin/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip --requirement constraints.txt
 
 clean:  ## remove the environment, caches and builds; outputs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

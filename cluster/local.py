@@ -57,9 +57,14 @@ class Process:
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a cluster. nodes: the processes of each, the head first."""
+    """What is known of a cluster.
+
+    address: of its dashboard, for `ray job submit`; gcs: for `ray.init`; nodes: the processes of each, the
+    head first.
+    """
 
     address: str
+    gcs: str
     token_file: str
     owner: Process
     nodes: list[list[Process]]
@@ -76,7 +81,7 @@ class State:
         except FileNotFoundError:
             return None
         nodes = [[Process(**process) for process in node] for node in stored["nodes"]]
-        return cls(stored["address"], stored["token_file"], Process(**stored["owner"]), nodes)
+        return cls(**stored | {"owner": Process(**stored["owner"]), "nodes": nodes})
 
     def running(self) -> list[psutil.Process]:
         """What is left of it, its owner first."""
@@ -137,6 +142,7 @@ def local_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[State]:
 def _add(cluster: Any, cpus: int, **more: Any) -> Any:
     try:
         return cluster.add_node(
+            node_ip_address="127.0.0.1",  # nobody outside this machine reaches it
             num_cpus=cpus,
             num_gpus=0,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -152,7 +158,8 @@ def _state(nodes: list[Any], token: str) -> State:
         [Process.of(info.process.pid) for kind in node.all_processes.values() for info in kind]
         for node in nodes
     ]
-    return State(f"http://{nodes[0].webui_url}", token, Process.of(os.getpid()), processes)
+    address = f"http://{nodes[0].webui_url}"
+    return State(address, nodes[0].gcs_address, token, Process.of(os.getpid()), processes)
 
 
 def _free_port() -> int:

@@ -11,10 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 
 from cluster.local import State
 from cluster.trainer import PAUSED
+from tests.clusters import LIMIT, ROOT, started, until
 from tests.tiny_harmon import micro, tokenizer
 from unimrg.checkpoint import latest_checkpoint
 from unimrg.data.scenes import SceneSettings, write
@@ -34,19 +34,8 @@ from unimrg.storage import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-ROOT = Path(__file__).parents[1]
 RAY = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-LIMIT = 300.0
 QUICK = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}  # else it tries for a minute to be as many as before
-
-
-def until(true: Callable[[], Any], what: str) -> Any:
-    """The first value that isn't false."""
-    end = time.monotonic() + LIMIT
-    while not (value := true()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.2)
-    return value
 
 
 @dataclass(frozen=True)
@@ -90,19 +79,8 @@ class Submitter:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[State]:
-    """As a user starts and ends it, in a folder with a short name: sockets lie below it."""
-    folder = Path("/tmp") / f"submit-{os.getpid()}"
-    command = [sys.executable, "-m", "cluster.local", f"--folder={folder}"]
-    log = tmp_path_factory.mktemp("cluster") / "log"
-    with log.open("w") as output:
-        owner = subprocess.Popen([*command, "--nodes=3"], cwd=ROOT, stdout=output, stderr=output)
-    until(lambda: "takes it down" in log.read_text() or owner.poll() is not None, "the cluster")
-    assert owner.poll() is None, log.read_text()
-    state = State.read(folder)
-    assert state is not None
-    yield state
-    assert subprocess.run([*command, "--stop"], cwd=ROOT, capture_output=True).returncode == 0
-    assert state.running() == [] and owner.wait(30) == 0
+    with started(tmp_path_factory.mktemp("cluster"), nodes=3) as state:
+        yield state
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +141,20 @@ def test_a_failed_run_is_a_failed_job_that_says_why(submitter: Submitter) -> Non
     assert "did you mean" in done.stdout + done.stderr or "train.steps" in done.stdout + done.stderr
     job = submitter.job("misspelt")
     assert (job["status"], job["driver_exit_code"]) == ("FAILED", 2)
+
+
+def test_the_quick_start_trains_and_labels_as_a_job(submitter: Submitter, tmp_path: Path) -> None:
+    """With everything on: scenes are made, teachers label beside it, and the head has no CPU for any of it."""
+    small = ["train.steps=3", "train.batch_size=4", "data.scenes.train=16", "data.scenes.test=4"]
+    report = ["report.questions=4", "report.images=1", "report.draw_iterations=2"]
+    done = submitter.submit(
+        "quick", *small, *report, f"storage_path={tmp_path}", "name=job", "cluster.workers=2"
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [record["step"] for record in records(tmp_path / "job")] == [1, 2, 3]
+    for name in ("model/model.safetensors", "report.html"):
+        assert (tmp_path / "job" / name).is_file()
+    assert list((tmp_path / "labels").rglob("*.parquet"))
 
 
 def test_stopping_a_job_saves_first(submitter: Submitter, words: list[str], tmp_path: Path) -> None:
