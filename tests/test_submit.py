@@ -144,7 +144,7 @@ def test_a_failed_run_is_a_failed_job_that_says_why(submitter: Submitter) -> Non
 
 
 def test_the_quick_start_trains_and_labels_as_a_job(submitter: Submitter, tmp_path: Path) -> None:
-    """With everything on: scenes are made, teachers label beside it, and the head has no CPU for any of it."""
+    """With everything on: scenes are made, teachers label beside it; the head has no CPU for any of it."""
     small = ["train.steps=3", "train.batch_size=4", "data.scenes.train=16", "data.scenes.test=4"]
     report = ["report.questions=4", "report.images=1", "report.draw_iterations=2"]
     done = submitter.submit(

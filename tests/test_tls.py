@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -47,7 +48,8 @@ def make_certificates(folder: Path) -> dict[str, str]:
         )
         return builder.add_extension(extension, critical=True).sign(authority, hashes.SHA256())
 
-    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+    addresses = ["127.0.0.1", ray.util.get_node_ip_address()]  # Ray prefers the latter
+    names = [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
     signed = {
         "ca.crt": certificate(issuer, authority, x509.BasicConstraints(ca=True, path_length=0)),
         "tls.crt": certificate(subject, node, x509.SubjectAlternativeName(names)),
@@ -72,7 +74,9 @@ def drive(address: str, environment: dict[str, str]) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-c", TASK, address],
         cwd=ROOT,
-        env=inherited | environment | {"RAY_gcs_rpc_server_connect_timeout_s": "5"},
+        env=inherited
+        | environment
+        | {"RAY_gcs_server_port_wait_time_s": "2"},  # tries, of half a minute each
         capture_output=True,
         text=True,
         timeout=300,
