@@ -138,9 +138,10 @@ class Outlet:
 
 @contextlib.contextmanager
 def exporting(config: MetricsConfig, run: str, state: str = "starting") -> Iterator[Outlet]:
-    """The exporter of a command for `run`, which begins in `state` and has failed if an error comes through.
+    """The exporter of a command for `run`, which begins in `state`.
 
-    Whoever ends it well says how: `outlet.enter(run, "done")`. Raises ConfigError when the port is taken.
+    It has failed if an error comes through, and is paused if somebody ends it. Whoever ends it well says how:
+    `outlet.enter(run, "done")`. Raises ConfigError when the port is taken.
     """
     if not config.port:
         yield Outlet()
@@ -157,8 +158,11 @@ def exporting(config: MetricsConfig, run: str, state: str = "starting") -> Itera
     outlet.enter(run, state)
     try:
         yield outlet
-    except BaseException:
+    except Exception:
         outlet.enter(run, "failed")
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM
+        outlet.enter(run, "paused")
         raise
     finally:
         ray.get(actor.leave.remote())

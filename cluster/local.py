@@ -3,8 +3,8 @@
     python -m cluster.local --nodes 3      prints where it is and how to submit; Ctrl-C takes it down
     python -m cluster.local --stop         the same from another terminal
 
-Jobs need its token, as on a real cluster, since Ray's ports listen on all addresses of the machine. The head runs
-none of a job's tasks, only its driver; every other node has the Ray label `node=1`, `node=2`, ….
+Jobs need its token, as on a real cluster, since Ray's ports listen on all addresses of the machine. The head
+runs none of a job's tasks, only its driver; every other node has the Ray label `node=1`, `node=2`, ….
 """
 
 from __future__ import annotations
