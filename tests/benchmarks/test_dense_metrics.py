@@ -62,7 +62,7 @@ def test_redraws_agree(evaluation_dir: Path) -> None:
 pictures = arrays.arrays(np.uint8, st.tuples(st.integers(11, 16), st.integers(11, 16), st.just(3)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.data(), st.sampled_from(sorted(redraws.WINDOWS)))
 def test_redraws_are_symmetric_and_bounded(data: st.DataObject, window: str) -> None:
     a = data.draw(pictures)
@@ -113,6 +113,7 @@ def test_depth_agrees(evaluation_dir: Path) -> None:
 relief = arrays.arrays(np.float64, (6, 7), elements=st.integers(1, 60).map(float))
 
 
+@settings(deadline=None)
 @given(relief, relief, st.floats(0.1, 5), st.floats(-3, 3))
 def test_scale_and_shift_change_no_depth_score(drawn: Any, depth: Any, scale: float, shift: float) -> None:
     """Only the sign is told: a negative scale swaps near and far."""
@@ -135,6 +136,7 @@ def test_scale_and_shift_change_no_depth_score(drawn: Any, depth: Any, scale: fl
         assert monotone.spearman == pytest.approx(agreement.spearman, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(relief, st.integers(0, 9))
 def test_order_of_pairs(depth: Any, seed: int) -> None:
     values = depth.ravel()
@@ -207,7 +209,7 @@ def test_thinning_is_that_of_scikit_image(edges: Cases) -> None:
 marks = arrays.arrays(bool, (7, 8))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(marks, marks, st.floats(0, 3))
 def test_matching_is_one_to_one_and_as_large_as_can_be(a: Any, b: Any, reach: float) -> None:
     optimize = pytest.importorskip("scipy.optimize")
@@ -222,7 +224,7 @@ def test_matching_is_one_to_one_and_as_large_as_can_be(a: Any, b: Any, reach: fl
         assert mine.sum() == (apart[rows, columns] <= reach).sum()
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(arrays.arrays(np.uint8, (9, 9)), arrays.arrays(bool, (9, 9))), min_size=1, max_size=3)
 )
@@ -272,6 +274,7 @@ def test_regions_agree(edges: Cases) -> None:
 labels = arrays.arrays(np.int64, (6, 7), elements=st.integers(0, 4))
 
 
+@settings(deadline=None)
 @given(labels, labels, st.permutations(range(1, 5)))
 def test_regions_have_no_names(drawn: Any, truth: Any, order: list[int]) -> None:
     if not truth.any():

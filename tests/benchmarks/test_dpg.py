@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.families import SIDE, processor, shared_model
@@ -98,6 +98,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[Question], dict[int, str]]:
     return questions, given_answers
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_a_question_holds_if_all_above_it_do(case: tuple[list[Question], dict[int, str]]) -> None:
     questions, said = case
@@ -112,6 +113,7 @@ def test_a_question_holds_if_all_above_it_do(case: tuple[list[Question], dict[in
     assert got <= sum(text == "yes" for text in said.values()) / len(said)
 
 
+@settings(deadline=None)
 @given(graphs(), st.data())
 def test_a_better_answer_never_costs(
     case: tuple[list[Question], dict[int, str]], data: st.DataObject
@@ -122,6 +124,7 @@ def test_a_better_answer_never_costs(
     assert before is not None and after is not None and after >= before
 
 
+@settings(deadline=None)
 @given(st.permutations(["whoops5", "7", "stanford9", "diffusiondb3"]))
 def test_the_order_of_items_doesn_t_matter(order: list[str]) -> None:
     questions = {item: [Question(item, 1, (), "entity - whole", "?", "p")] for item in order}

@@ -127,6 +127,7 @@ boxes = sides.map(lambda s: (float(s[0]), float(s[1]), float(s[0] + s[2]), float
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
+@settings(deadline=None)
 @given(boxes, boxes, st.integers(-50, 50))
 def test_relations_are_opposite_from_the_other_side(a: Any, b: Any, shift: int) -> None:
     got = geneval.relations(a, b)
@@ -139,6 +140,7 @@ def test_relations_are_opposite_from_the_other_side(a: Any, b: Any, shift: int) 
     assert geneval.relations(*transposed) == {swap[name] for name in got}
 
 
+@settings(deadline=None)
 @given(boxes, boxes)
 def test_overlap_is_symmetric_and_bounded(a: Any, b: Any) -> None:
     assert 0 <= geneval.overlap(a, b) == geneval.overlap(b, a) <= 1
@@ -148,6 +150,7 @@ def test_overlap_is_symmetric_and_bounded(a: Any, b: Any) -> None:
 scored = st.lists(st.tuples(boxes, st.floats(0, 1)).map(lambda pair: (*pair[0][:4], pair[1])), max_size=30)
 
 
+@settings(deadline=None)
 @given(scored, st.sampled_from(geneval.TAGS), st.sampled_from([0.3, 0.7, 1.0]))
 def test_what_counts_is_sure_sorted_and_apart(found: Any, tag: str, most: float) -> None:
     numbers = geneval.kept(found, tag, most)
@@ -161,7 +164,7 @@ def test_what_counts_is_sure_sorted_and_apart(found: Any, tag: str, most: float)
     assert set(more_wanted) <= set(geneval.kept(found, "position", 1.0))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(boxes, max_size=5), st.lists(boxes, max_size=5), st.sampled_from(geneval.RELATIONS))
 def test_position_is_what_its_words_say(dogs: Any, cats: Any, relation: str) -> None:
     asked = prompt(

@@ -194,7 +194,7 @@ def test_boxes_surround_masks_in_any_picture(detector: ObjectDetector, size: tup
             assert one.mask.shape == size and one.box[:4] == box_of(one.mask) and 0 < one.box[4] <= 1
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_a_box_is_the_smallest_around_its_mask(data: st.DataObject) -> None:
     mask = np.zeros((7, 9), bool)
