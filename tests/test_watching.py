@@ -33,7 +33,7 @@ from tests.tiny_harmon import micro, tokenizer
 from tune.campaign import Campaign
 from tune.config import SearchConfig
 from tune.records import Trial
-from tune.told import Told
+from tune.told import tell
 from unimrg.compose import compose
 from unimrg.data.scenes import SceneSettings, write
 from unimrg.families.harmon.model import Harmon
@@ -177,9 +177,7 @@ def test_every_query_about_a_search_answers(
         campaign.tell(
             Trial(job.id, job.strategy, job.phase, 0, 0, {}, "done", 6, 30.0, values={"accuracy": 0.25})
         )
-        told = Told(Show("s", outlet))
-        told.finished(campaign.finished[job.id])
-        told.now(campaign, running=2)
+        tell(Show("s", outlet), campaign, running=2)
         trial = Figures("s/tpe-001")
         for step in range(1, 60):
             trial.take(

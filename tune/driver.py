@@ -33,7 +33,7 @@ from tune.objectives import OBJECTIVES
 from tune.outcome import Outcome
 from tune.records import REPEATED, SEARCHED, Records, Trial
 from tune.scoring import split
-from tune.told import Told
+from tune.told import tell
 from tune.trial import Shared, clean, run_trial, write_job
 from unimrg.config import RunConfig, redacted, to_plain
 from unimrg.errors import ConfigError, DataError, UnimrgError
@@ -234,7 +234,7 @@ class _Proposer(Searcher):
     def __init__(self, campaign: Campaign, records: Records, outcome: Outcome, show: Show) -> None:
         super().__init__()
         self.campaign, self.records, self.outcome = campaign, records, outcome
-        self.told = Told(show)
+        self.shown = show
         self.running: dict[str, Job] = {}
         self.failure: UnimrgError | None = None
 
@@ -247,7 +247,7 @@ class _Proposer(Searcher):
         if job is None:
             return Searcher.FINISHED if self.failure or self.campaign.done else None
         self.running[trial_id] = job
-        self.told.now(self.campaign, len(self.running))
+        tell(self.shown, self.campaign, len(self.running))
         return {"job": write_job(job)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -263,8 +263,7 @@ class _Proposer(Searcher):
             self.records.write(trial)
         self.campaign.tell(trial)
         self.outcome.finished(trial)
-        self.told.finished(trial)
-        self.told.now(self.campaign, len(self.running))
+        tell(self.shown, self.campaign, len(self.running))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: records are all that is needed."""
