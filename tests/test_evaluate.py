@@ -212,7 +212,7 @@ def test_a_result_of_any_benchmark_gets_a_column() -> None:
 # -- asking --------------------------------------------------------------------------------------------------
 
 
-def settings(name: str, tokens: int = 6, instruction: str = "") -> Settings:
+def settings(name: str, tokens: int = 4, instruction: str = "") -> Settings:
     return Settings(name, "model", "questions", instruction, False, tokens, "float32", 64)
 
 
