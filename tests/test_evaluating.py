@@ -1,4 +1,4 @@
-"""`unimrg.evaluate` on a real Ray: answers stored as they come, resumed after kill -9, told apart by model."""
+"""`unimrg.evaluate` on a real Ray: answers stored as they come, resumed after kill -9, a model at a time."""
 
 from __future__ import annotations
 

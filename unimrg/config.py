@@ -244,7 +244,7 @@ class PoolConfig:
     dtype: str = knob("auto", "float32, bfloat16, float16, or auto: bfloat16 on GPUs, float32 on CPUs")
     min_actors: int = knob(1, "how many run at least")
     max_actors: int = knob(
-        0, "how many run at most; 0 = one for each GPU that training leaves, or one on CPUs"
+        0, "how many run at most; 0 = one for each GPU that training leaves, on CPUs one (evaluation: two)"
     )
     gpus: float = knob(-1.0, "GPUs of one actor, may be a fraction; -1 = one on a GPU cluster, else none")
     accelerator_type: str = knob("", "run only on this kind of GPU, like A10G or H100, as Ray names them")

@@ -27,7 +27,7 @@ DESCRIPTION = """Score a checkpoint on understanding benchmarks in VLMEvalKit's 
 are there already, by the official rules without a judge. Writes answers, evaluation.json and results.html
 into `out`; `page` puts several such folders side by side. Interrupted, it goes on where it stopped."""
 EXAMPLES = (
-    "python -m unimrg.evaluate benchmarks=[MMVP,VSR-zeroshot] data=s3://bucket/benchmarks \\\\\\n"
+    "python -m unimrg.evaluate benchmarks=[MMVP,VSR-zeroshot] data=s3://bucket/benchmarks \\\n"
     "      checkpoint=outputs/latest/model out=outputs/trained",
     "python -m unimrg.evaluate predictions=Harmon_MMVP.xlsx",
     "python -m unimrg.evaluate page=[outputs/base,outputs/trained] out=outputs/both",

@@ -119,6 +119,13 @@ def test_a_strict_reader_changes_nothing(cells: list[list[str]]) -> None:
 
 
 @unhurried
+@given(st.lists(st.text(), min_size=1, max_size=4))
+def test_whatever_a_model_says_can_be_stored(answers: list[str]) -> None:
+    rows: list[tsv.Row] = [{"index": str(n), "prediction": said or None} for n, said in enumerate(answers)]
+    assert tsv.read_table(tsv.write_table(rows), "x.tsv", strict=True) == rows
+
+
+@unhurried
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_table_cost_one_sentence(raw: bytes) -> None:
     for name in ("x.tsv", "x.json"):
