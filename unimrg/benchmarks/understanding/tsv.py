@@ -58,9 +58,13 @@ def read_table(raw: bytes, name: str, strict: bool = False) -> list[Row]:
 def write_table(rows: Sequence[Row]) -> bytes:
     """Rows of one set of columns as tab-separated text that `read_table` takes."""
     text = io.StringIO()
-    # Left to itself it would put no quotes around a carriage return.
-    quoting = csv.QUOTE_NONNUMERIC
-    writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", lineterminator="\n", quoting=quoting)
+    writer = csv.DictWriter(
+        text,
+        list(rows[0]),
+        delimiter="\t",
+        lineterminator="\n",
+        quoting=csv.QUOTE_NONNUMERIC,  # left to itself it puts no quotes around a carriage return
+    )
     writer.writeheader()
     writer.writerows(rows)
     # A lone surrogate can't be stored.
