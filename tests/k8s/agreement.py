@@ -18,6 +18,7 @@ GPU = "nvidia.com/gpu"
 STAY = ("karpenter.sh/do-not-disrupt", "true"), ("cluster-autoscaler.kubernetes.io/safe-to-evict", "false")
 SPOT = ("spot", "cloud.google.com/gke-spot", "karpenter.sh/capacity-type")
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+STOP_WAIT, STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S", 60
 PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227, "dashboard": 8265}
 POOL = re.compile(r"(\S+)\.node_labels=\['pool=(\w+)'\]")
 
@@ -69,6 +70,9 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
         yield f"rayVersion is {cluster.get('rayVersion')}, that of the image {ray_version()}"
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
         yield "head: takes tasks"
+    environment = {e["name"]: e.get("value") for e in _first(cluster["headGroupSpec"]["template"])["env"]}
+    if int(environment.get(STOP_WAIT) or 3) < STOP_SECONDS:
+        yield "head: a job that is stopped is killed before it has saved"
     declared = {p["name"]: p["containerPort"] for p in _first(cluster["headGroupSpec"]["template"])["ports"]}
     if missing := [name for name, port in PORTS.items() if declared.get(name) != port]:
         yield f"head: doesn't declare the port {missing[0]}"

@@ -99,6 +99,12 @@ JOB: dict[str, tuple[Change, str]] = {
         cluster(lambda c: c["headGroupSpec"]["rayStartParams"].pop("num-cpus")),
         "takes tasks",
     ),
+    "quick stop": (
+        head(
+            lambda p: p["containers"][0]["env"].remove({"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"})
+        ),
+        "before it has saved",
+    ),
     "port of the autoscaler": (
         head(lambda p: p["containers"][0]["ports"].pop(4)),
         "declare the port as-metrics",
