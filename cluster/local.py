@@ -187,9 +187,9 @@ def stop(folder: Path, patience: float = 30.0) -> bool:
 def serve(folder: Path, nodes: int, cpus: int) -> None:
     """Hold the cluster until this process is told to end (SIGINT, SIGTERM)."""
     told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: told.set())
     with local_cluster(folder, nodes, cpus) as state:
+        for number in (signal.SIGINT, signal.SIGTERM):  # in the place of Ray's, which drains a single node
+            signal.signal(number, lambda number, frame: told.set())
         print(
             f"{nodes} nodes are up, {cpus} logical CPUs on each but the head: {state.address}\n"
             f"    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={state.token_file}\n"
@@ -222,6 +222,8 @@ def main(words: list[str]) -> int:
     except UnimrgError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it starts
+        return 130
     return 0
 
 
