@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ class Submitter:
             timeout=LIMIT,
         )
 
-    def submit(self, name: str, *words: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, name: str, *words: str, wait: bool = True, command: Sequence[str] = ("-m", "unimrg.train")
+    ) -> subprocess.CompletedProcess[str]:
         runtime = json.dumps({"env_vars": QUICK})
         options = [f"--submission-id={name}", "--working-dir=.", f"--runtime-env-json={runtime}"]
         options += [] if wait else ["--no-wait"]
-        return self.ray("submit", *options, "--", "python", "-m", "unimrg.train", *words)
+        return self.ray("submit", *options, "--", "python", *command, *words)
 
     def job(self, name: str) -> dict[str, Any]:
         """What the cluster says of a job: status, driver_exit_code, …"""
@@ -155,6 +157,17 @@ def test_the_quick_start_trains_and_labels_as_a_job(submitter: Submitter, tmp_pa
     for name in ("model/model.safetensors", "report.html"):
         assert (tmp_path / "job" / name).is_file()
     assert list((tmp_path / "labels").rglob("*.parquet"))
+
+
+def test_a_search_as_a_job(submitter: Submitter, words: list[str], tmp_path: Path) -> None:
+    """Its trials start their own workers, on nodes that the head isn't one of."""
+    options = ["search.trials=2", "search.repeats=1", "search.questions=4", "search.drawings=1"]
+    more = ["name=job", f"storage_path={tmp_path}", "train.steps=3", "cluster.cpus_per_worker=0.5"]
+    done = submitter.submit("search", *words, *more, *options, command=("tune/search.py",))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("search.html", "trials.parquet", "best.yaml"):
+        assert (tmp_path / "job" / name).is_file()
+    assert "best.yaml" in done.stdout  # the closing line, among the job's logs
 
 
 def test_stopping_a_job_saves_first(submitter: Submitter, words: list[str], tmp_path: Path) -> None:
