@@ -124,11 +124,13 @@ def local_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[State]:
 
     cluster = Cluster(initialize_head=False)
     started: list[Any] = []
-    dashboard = {"include_dashboard": True, "dashboard_port": _free_port(), "temp_dir": str(folder / "ray")}
+    dashboard = {"include_dashboard": True, "dashboard_port": _free_port()}
+    # Each has its own, since each unpacks a job's working directory in it, one that is there already too.
+    places = [folder / f"ray{number}" for number in range(nodes)]
     try:
-        for number in range(nodes):
+        for number, place in enumerate(places):
             more = {"labels": {"node": str(number)}} if number else dashboard
-            started.append(_add(cluster, cpus if number else 0, **more))
+            started.append(_add(cluster, cpus if number else 0, temp_dir=str(place), **more))
             state = _state(started, str(token))
             state.write(folder)  # each time: so that --stop finds all that is there, whatever happens here
         yield state
@@ -136,7 +138,8 @@ def local_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[State]:
         cluster.shutdown()
         for name in (STATE, TOKEN):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "ray", ignore_errors=True)
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _add(cluster: Any, cpus: int, **more: Any) -> Any:
