@@ -426,7 +426,11 @@ def load_state(
 
     By the library: it draws no weights first, which takes minutes, and copies only what changes.
     """
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored_precision(state))
+    model = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or stored_precision(state)
+    )
+    model._weight_conversions = None  # else it would be saved by these names, and not as any other is
+    return model
 
 
 def stored_precision(state: Mapping[str, Tensor]) -> torch.dtype:
