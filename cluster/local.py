@@ -124,13 +124,13 @@ def local_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[State]:
 
     cluster = Cluster(initialize_head=False)
     started: list[Any] = []
-    dashboard = {"include_dashboard": True, "dashboard_port": _free_port()}
-    # Each has its own, since each unpacks a job's working directory in it, one that is there already too.
-    places = [folder / f"ray{number}" for number in range(nodes)]
+    dashboard = {"include_dashboard": True, "dashboard_port": _free_port(), "temp_dir": str(folder / "ray")}
     try:
-        for number, place in enumerate(places):
+        for number in range(nodes):
             more = {"labels": {"node": str(number)}} if number else dashboard
-            started.append(_add(cluster, cpus if number else 0, temp_dir=str(place), **more))
+            # Nodes unpack a job's files over what is there; in one folder, under the feet of the others.
+            own = f"runtime_resources_{number}"
+            started.append(_add(cluster, cpus if number else 0, runtime_env_dir_name=own, **more))
             state = _state(started, str(token))
             state.write(folder)  # each time: so that --stop finds all that is there, whatever happens here
         yield state
@@ -138,8 +138,7 @@ def local_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[State]:
         cluster.shutdown()
         for name in (STATE, TOKEN):
             (folder / name).unlink(missing_ok=True)
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder / "ray", ignore_errors=True)
 
 
 def _add(cluster: Any, cpus: int, **more: Any) -> Any:

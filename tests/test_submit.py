@@ -60,11 +60,18 @@ class Submitter:
         )
 
     def submit(
-        self, name: str, *words: str, wait: bool = True, command: Sequence[str] = ("-m", "unimrg.train")
+        self,
+        name: str,
+        *words: str,
+        wait: bool = True,
+        upload: bool = False,
+        command: Sequence[str] = ("-m", "unimrg.train"),
     ) -> subprocess.CompletedProcess[str]:
-        runtime = json.dumps({"env_vars": QUICK})
-        options = [f"--submission-id={name}", "--working-dir=.", f"--runtime-env-json={runtime}"]
-        options += [] if wait else ["--no-wait"]
+        """upload: send the code along, as one does by default. Ray deletes it with the last job that uses it, and
+        a job that comes at that moment misses it: so the others find the code where it lies."""
+        runtime = json.dumps({"env_vars": QUICK | ({} if upload else {"PYTHONPATH": str(ROOT)})})
+        options = [f"--submission-id={name}", f"--runtime-env-json={runtime}"]
+        options += [*(["--working-dir=."] if upload else []), *([] if wait else ["--no-wait"])]
         return self.ray("submit", *options, "--", "python", *command, *words)
 
     def job(self, name: str) -> dict[str, Any]:
@@ -149,9 +156,8 @@ def test_the_quick_start_trains_and_labels_as_a_job(submitter: Submitter, tmp_pa
     """With everything on: scenes are made, teachers label beside it; the head has no CPU for any of it."""
     small = ["train.steps=3", "train.batch_size=4", "data.scenes.train=16", "data.scenes.test=4"]
     report = ["report.questions=4", "report.images=1", "report.draw_iterations=2"]
-    done = submitter.submit(
-        "quick", *small, *report, f"storage_path={tmp_path}", "name=job", "cluster.workers=2"
-    )
+    place = [f"storage_path={tmp_path}", "name=job", "cluster.workers=2"]
+    done = submitter.submit("quick", *small, *report, *place, upload=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [record["step"] for record in records(tmp_path / "job")] == [1, 2, 3]
     for name in ("model/model.safetensors", "report.html"):
@@ -163,7 +169,7 @@ def test_a_search_as_a_job(submitter: Submitter, words: list[str], tmp_path: Pat
     """Its trials start their own workers, on nodes that the head isn't one of."""
     options = ["search.trials=2", "search.repeats=1", "search.questions=4", "search.drawings=1"]
     more = ["name=job", f"storage_path={tmp_path}", "train.steps=3", "cluster.cpus_per_worker=0.5"]
-    done = submitter.submit("search", *words, *more, *options, command=("tune/search.py",))
+    done = submitter.submit("search", *words, *more, *options, command=(str(ROOT / "tune" / "search.py"),))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("search.html", "trials.parquet", "best.yaml"):
         assert (tmp_path / "job" / name).is_file()
