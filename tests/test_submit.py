@@ -67,8 +67,11 @@ class Submitter:
         upload: bool = False,
         command: Sequence[str] = ("-m", "unimrg.train"),
     ) -> subprocess.CompletedProcess[str]:
-        """upload: send the code along, as one does by default. Ray deletes it with the last job that uses it, and
-        a job that comes at that moment misses it: so the others find the code where it lies."""
+        """upload: send the code along, as one does by default.
+
+        Ray deletes it with the last job that uses it, and a job that comes at that moment misses it: so the
+        others find the code where it lies.
+        """
         runtime = json.dumps({"env_vars": QUICK | ({} if upload else {"PYTHONPATH": str(ROOT)})})
         options = [f"--submission-id={name}", f"--runtime-env-json={runtime}"]
         options += [*(["--working-dir=."] if upload else []), *([] if wait else ["--no-wait"])]
