@@ -74,9 +74,7 @@ def drive(address: str, environment: dict[str, str]) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-c", TASK, address],
         cwd=ROOT,
-        env=inherited
-        | environment
-        | {"RAY_gcs_server_port_wait_time_s": "2"},  # tries, of half a minute each
+        env=inherited | environment | {"RAY_gcs_server_port_wait_time_s": "1"},  # a try, of half a minute
         capture_output=True,
         text=True,
         timeout=300,

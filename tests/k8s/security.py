@@ -32,7 +32,7 @@ HOLES = {
     ("in", "ray", "*"),
     ("out", "ray", "*"),
     ("in", "namespace kuberay-system", "8265"),
-    ("in", "namespace monitoring", "8080,44217,44227"),
+    ("in", "namespace monitoring", "8080,9464,44217,44227"),
     ("out", "namespace monitoring", "9090,3000"),
     ("out", "0.0.0.0/0 but the metadata service", "443"),
     ("out", "0.0.0.0/0 but the metadata service", "6443"),  # the API server, for an autoscaling head

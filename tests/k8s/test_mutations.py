@@ -106,7 +106,7 @@ JOB: dict[str, tuple[Change, str]] = {
         "before it has saved",
     ),
     "port of the autoscaler": (
-        head(lambda p: p["containers"][0]["ports"].pop(4)),
+        head(lambda p: p["containers"][0]["ports"].pop(5)),
         "declare the port as-metrics",
     ),
     "root": (pod(lambda p: p["securityContext"].update(runAsUser=0)), "runs as root"),
