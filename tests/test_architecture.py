@@ -52,9 +52,9 @@ LAYERS = (
         "weights",
         "zero",
     },
-    {"loop", "benchmarks", "report", "teachers.fit"},
+    {"loop", "benchmarks", "report", "teachers.fit", "reproduce"},
     {"compose", "usage"},
-    {"train", "label", "evaluate", "generate", "export"},
+    {"train", "label", "evaluate", "generate", "export", "reproduce.__main__"},
 )
 COMMANDS = {f"unimrg.{name}" for name in LAYERS[-1]}
 

@@ -1,0 +1,90 @@
+"""Answers to many short questions about each picture in one pass: the likeliest token where each begins.
+
+All questions of a picture stand behind one prefix, as in training. For answers of one token this is greedy
+decoding's first step, many times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimrg.benchmarks.held_out import same_answer
+from unimrg.benchmarks.scenes import Item
+from unimrg.config import TrainConfig
+from unimrg.families import load_family
+from unimrg.families.base import Family
+from unimrg.reproduce.data import Example, asked, item, sample
+from unimrg.reproduce.world import FAMILIES
+from unimrg.sample import Sample, Task
+
+PICTURES = 16  # scored at once
+
+Shown = Callable[[int], int]
+
+
+def score(
+    model: Family,
+    tokenizer: Any,
+    family: str,
+    data: Sequence[Example],
+    families: Sequence[str] = FAMILIES,
+    shown: Shown = int,
+) -> tuple[list[Item], list[bool]]:
+    """The questions that are scored, and whether each is answered right.
+
+    shown: which example's picture stands for that of example k; by default its own.
+    """
+    processor = load_family(family).processor(
+        model, tokenizer, TrainConfig(prompt_dropout=0.0), (Task.UNDERSTANDING,), 0, from_codes=True
+    )
+    items: list[Item] = []
+    marks: list[bool] = []
+    for first in range(0, len(data), PICTURES):
+        samples = []
+        for k, example in enumerate(data[first : first + PICTURES], first):
+            questions = asked(example, families)
+            items += [item(example, ask) for ask in questions]
+            samples.append(sample(example, k, questions, {"image": data[shown(k)].codes["image"]}))
+        said = first_tokens(model, processor, samples)
+        wanted = [item.answer for item in items[len(marks) :]]
+        marks += [same_answer(one, answer) for one, answer in zip(said, wanted, strict=True)]
+    return items, marks
+
+
+@torch.no_grad()
+def first_tokens(model: Family, processor: Any, samples: Sequence[Sample]) -> list[str]:
+    """The likeliest first token of every answer, in order."""
+    batch, caught = processor(samples), []
+
+    def catch(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        caught.append(output.reshape(-1, output.shape[-1]))
+
+    was_training = model.training
+    model.eval()
+    handle = model.shared_layer.register_forward_hook(catch)
+    try:
+        model(batch)
+    finally:
+        handle.remove()
+        model.train(was_training)
+    ends = np.cumsum([len(processor.encode(turn.answer)) + 1 for s in samples for (turn,) in s.conversations])
+    starts = [0, *ends[:-1].tolist()]
+    # The family reads only the places that are predicted from, in the order of `label_index`.
+    hidden = caught[0][: len(batch.label_index)][starts]
+    tokens = language_head(model)(hidden).argmax(-1).tolist()
+    return [processor.tokenizer.decode([token]).strip() for token in tokens]
+
+
+def language_head(model: Family) -> torch.nn.Module:
+    """What turns hidden states into scores of tokens."""
+    for part in model.children():
+        head = getattr(part, "lm_head", None)
+        if head is not None:
+            found: torch.nn.Module = head
+            return found
+    raise NotImplementedError(f"{type(model).__name__} has no language model among its children")

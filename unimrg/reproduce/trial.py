@@ -1,0 +1,179 @@
+"""One trial: an arm trained with a seed and scored on held-out pictures. A pure function of its arguments.
+
+All arms of a seed see the same pictures and the same questions at the same steps, in the same order; what
+differs is what is drawn beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unimrg.benchmarks.scenes import Line, lines
+from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
+from unimrg.engine import make_engine
+from unimrg.families import load_family
+from unimrg.families.base import Family
+from unimrg.loop import StepOutput, fit
+from unimrg.packing import Batch
+from unimrg.reproduce.config import ARMS, Arm, ReproduceConfig
+from unimrg.reproduce.data import Example, chosen, examples, order, sample, stored
+from unimrg.reproduce.scoring import score
+from unimrg.reproduce.world import FAMILIES
+from unimrg.sample import Sample, Task
+
+SEED = 2  # of the pictures: not the base's
+TAIL = 25  # steps whose losses are kept as the last
+SETS = {"pictures": ("train", 0), "extra_pictures": ("train", 1_000_000), "test": ("test", 0)}
+"""Of each set of pictures its split and first number; they share none."""
+
+
+def data(config: ReproduceConfig, base: Path, folder: Path, name: str) -> list[Example]:
+    """One set of pictures (of `SETS`), from the folder of results or made first."""
+    count = int(getattr(config, name))
+    path = folder / "data" / f"{config.family}-{name}-{count}.pickle"
+    return _data(config.family, str(base), str(path), name, count)
+
+
+@cache
+def _data(family: str, base: str, path: str, name: str, count: int) -> list[Example]:
+    split, start = SETS[name]
+
+    def make() -> Iterator[Example]:
+        encoder = load_family(family).picture_encoder(FamilyConfig(name=family, weights=base))
+        return examples(encoder, count, SEED, split, start)
+
+    return stored(Path(path), make)
+
+
+def run(
+    config: ReproduceConfig, base: Path, folder: Path, name: str, seed: int, steps: int
+) -> dict[str, Any]:
+    """Train `steps` steps of an arm and score it; everything that is known of the trial, for JSON."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    arm, family = ARMS[name], load_family(config.family)
+    settings = FamilyConfig(name=config.family, weights=str(base), grad_scale=config.grad_scale)
+    model, tokenizer = family.build(settings, seed)
+    model.set_grad_scale(config.grad_scale)
+    started, outputs = time.process_time(), []
+    if arm.trained:
+        outputs = train(config, model, tokenizer, arm, seed, steps, base, folder)
+    trained = time.process_time() - started
+    items, marks = score(model, tokenizer, config.family, data(config, base, folder, "test"))
+    found = lines(items, marks)
+    return {
+        "arm": name,
+        "seed": seed,
+        "steps": len(outputs),
+        "cpu_seconds": trained,
+        "losses": {"first": _losses(outputs[:1]), "last": _losses(outputs[-TAIL:])},
+        "families": {line.family: _kept(line) for line in found},
+        "headline": float(np.mean([line.balanced for line in found if line.family in FAMILIES])),
+        "right": "".join(str(int(mark)) for mark in marks),
+    }
+
+
+def _kept(line: Line) -> dict[str, Any]:
+    return asdict(line) | {"balanced": line.balanced, "reference": line.best_reference}
+
+
+def _losses(outputs: Sequence[StepOutput]) -> dict[str, float]:
+    tasks = outputs[0].losses if outputs else {}
+    return {task.value: float(np.mean([output.losses[task] for output in outputs])) for task in tasks}
+
+
+def train(
+    config: ReproduceConfig,
+    model: Family,
+    tokenizer: Any,
+    arm: Arm,
+    seed: int,
+    steps: int,
+    base: Path,
+    folder: Path,
+) -> list[StepOutput]:
+    """Train the model in place, by the project's own loop and engine."""
+    settings = TrainConfig(
+        steps=steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        prompt_dropout=0.0,
+        checkpoint_every=0,
+    )
+    tasks = (Task.UNDERSTANDING, *arm.drawn)
+    model.freeze([], tasks)
+    engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
+    outputs: list[StepOutput] = []
+    source = batches(config, model, tokenizer, arm, seed, steps, base, folder)
+    model.train()
+    fit(engine, source, config.weights(arm), steps, outputs.append)
+    return outputs
+
+
+def batches(
+    config: ReproduceConfig,
+    model: Family,
+    tokenizer: Any,
+    arm: Arm,
+    seed: int,
+    steps: int,
+    base: Path,
+    folder: Path,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of every step: one, or with extra pictures a second one of drawings alone."""
+    family, settings = load_family(config.family), TrainConfig(prompt_dropout=0.0)
+    own = data(config, base, folder, "pictures")
+    extra = data(config, base, folder, "extra_pictures") if arm.drawn and config.extra_pictures else []
+
+    def processor(*tasks: Task) -> Any:
+        return family.processor(model, tokenizer, settings, tasks, seed, from_codes=True)
+
+    ask = processor(Task.UNDERSTANDING, *(() if extra else arm.drawn))
+    draw = processor(*arm.drawn) if extra else None
+    more = order(len(extra), steps, config.batch_size, seed) if extra else None
+    partners = _partners(len(extra or own), seed) if arm.shuffled else range(len(extra or own))
+    for step, numbers in enumerate(order(len(own), steps, config.batch_size, seed)):
+        places = range(step * config.batch_size, (step + 1) * config.batch_size)
+        asked = [
+            _sample(config, own, partners if not extra else (), k, place, seed)
+            for k, place in zip(numbers, places, strict=True)
+        ]
+        found = [ask(asked)]
+        if draw is not None and more is not None:
+            drawn = zip(next(more), places, strict=True)
+            found.append(
+                draw([sample(extra[k], place, (), _codes(extra, k, partners[k])) for k, place in drawn])
+            )
+        yield found
+
+
+def _sample(
+    config: ReproduceConfig, own: Sequence[Example], partners: Sequence[int], k: int, place: int, seed: int
+) -> Sample:
+    """Example k with its questions at a place of the order, and with what is drawn of it if anything is."""
+    rng = np.random.default_rng([8, seed, place])
+    questions = chosen(own[k], rng, config.questions, FAMILIES)
+    return sample(own[k], place, questions, _codes(own, k, partners[k] if partners else k))
+
+
+def _codes(own: Sequence[Example], k: int, partner: int) -> dict[str, np.ndarray]:
+    """What is looked at is example k's; what is drawn is its partner's."""
+    drawn = {name: codes for name, codes in own[partner].codes.items() if name != "image"}
+    redrawn = {} if partner == k else {Task.PIXEL.value: own[partner].codes["image"]}
+    return {"image": own[k].codes["image"], **drawn, **redrawn}
+
+
+def _partners(count: int, seed: int) -> list[int]:
+    """For each of `count` pictures another one, each once: a cycle through all of them."""
+    cycle = np.random.default_rng([9, seed]).permutation(count)
+    partners = np.empty(count, int)
+    partners[cycle] = np.roll(cycle, 1)
+    return [int(k) for k in partners]
