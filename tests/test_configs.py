@@ -24,6 +24,7 @@ from unimrg.config import (
     to_plain,
 )
 from unimrg.errors import ConfigError
+from unimrg.reproduce.config import ReproduceConfig
 
 # What the command line must give for the file to be complete.
 NEEDED = {
@@ -46,6 +47,7 @@ SCHEMAS = {
     "export": ExportConfig,
     "label": LabelConfig,
     "search": SearchConfig,
+    "reproduce": ReproduceConfig,
 }
 YAMLS = sorted(path.relative_to(config_folder()) for path in config_folder().rglob("*.yaml"))
 CASES = [

@@ -2,9 +2,10 @@
 
     python -m unimrg.reproduce.base outputs/base
 
-Three phases: the picture's cells are named (colour and shape, by the words of answers); then questions, with
-"Where is red?" among them and naming rehearsed; then questions together with redrawing. The folder is one of
-`save_pretrained`, with its tokenizer and `base.json`, what was done and how good it is.
+Three phases: the picture's cells are named (colour, shape, column, row, by the words of answers); then come
+questions, with "Where is red?" among them and naming rehearsed; then questions together with redrawing. The
+folder is one of `save_pretrained`, with its tokenizer and `base.json`, what was done and how good it is. A
+phase that is finished is kept in it and not trained again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from unimrg.benchmarks.scenes import lines, table
 from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
 from unimrg.engine import Engine, make_engine
+from unimrg.errors import ConfigError, UnimrgError
 from unimrg.families import load_family
 from unimrg.families.base import Family
 from unimrg.losses import combine
@@ -36,6 +39,7 @@ from unimrg.reproduce.models import NAMES, RECIPES, Recipe, ids_of
 from unimrg.reproduce.scoring import score
 from unimrg.reproduce.world import FAMILIES
 from unimrg.sample import Sample, Task
+from unimrg.weights import load_strictly
 
 BASE_SEED = 1  # of its pictures: arms draw others
 SHARPNESS = 8.0  # factor on the cosines of naming
@@ -48,10 +52,10 @@ class BaseConfig:
     """The recipe. rates: peaks of the three phases. rehearsal: weight of naming beside questions."""
 
     family: str = "harmon"
-    pictures: int = 6000
-    naming_steps: int = 300
-    question_steps: int = 1500
-    drawing_steps: int = 300
+    pictures: int = 4000
+    naming_steps: int = 400
+    question_steps: int = 700
+    drawing_steps: int = 250
     naming_batch: int = 32
     batch: int = 16
     questions: int = 12
@@ -69,6 +73,7 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
     """Train the base and write it into `folder`; its pictures stay in `folder`/data."""
     torch.set_num_threads(1)
     disable_progress_bar()
+    _same_recipe(config, folder)
     family, recipe = load_family(config.family), RECIPES[config.family]
     model, tokenizer = recipe.build(config.seed)
     encoder = family.picture_encoder(FamilyConfig(name=config.family))
@@ -89,11 +94,16 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
     for number, (steps, tasks) in enumerate(phases):
         settings = replace(train, steps=max(steps, 1), learning_rate=config.rates[number])
         make_batch = family.processor(model, tokenizer, settings, tasks, config.seed, from_codes=True)
+        done = folder / "phases" / f"{number + 1}.safetensors"
+        if done.is_file():
+            load_strictly(model, load_file(done), str(done))
+            continue
         engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
         for step, some in enumerate(_shown(config, data["train"], steps, bool(tasks), number)):
             said = _step(engine, make_batch if tasks else None, name, config, some, step)
             if (step + 1) % REPORT_EVERY == 0:
                 tell(f"phase {number + 1}, step {step + 1} of {steps}: {said}")
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, done)
     found = lines(*score(model, tokenizer, config.family, data["test"]))
     tell(table(found))
     result = {
@@ -103,6 +113,15 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
         "references": {line.family: line.best_reference for line in found},
     }
     save(model, tokenizer, folder, result)
+
+
+def _same_recipe(config: BaseConfig, folder: Path) -> None:
+    """Raises ConfigError where the folder holds phases of another recipe."""
+    path, mine = folder / "phases" / "recipe.json", json.dumps(asdict(config), indent=1)
+    if path.is_file() and path.read_text("utf-8") != mine:
+        raise ConfigError(f"{folder} holds the phases of another recipe; choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mine, "utf-8")
 
 
 def _shown(
@@ -194,7 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = vars(parser.parse_args(argv))
     folder = args.pop("folder")
-    make_base(BaseConfig(**args), folder)
+    try:
+        make_base(BaseConfig(**args), folder)
+    except UnimrgError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -56,7 +56,7 @@ class ReproduceConfig:
     extra_pictures: int = knob(
         0, "without questions, and then only these are drawn; 0 = those with questions"
     )
-    test: int = knob(300, "held-out pictures, about 19 questions each")
+    test: int = knob(350, "held-out pictures, about 19 questions each")
     steps: int = knob(250, "optimiser steps of an arm")
     batch_size: int = knob(16, "pictures per step")
     questions: int = knob(10, "per picture and step")
@@ -81,6 +81,11 @@ class ReproduceConfig:
         for key in ("seeds", "pictures", "test", "steps", "batch_size", "questions", "workers"):
             require(key, getattr(self, key), 1)
         require("extra_pictures", self.extra_pictures, 0)
+        for key in ("pictures", "extra_pictures"):
+            if 0 < getattr(self, key) < self.batch_size:
+                raise ConfigError(f"{key}: {getattr(self, key)} don't fill a batch of {self.batch_size}")
+        if "shuffled" in self.arms:
+            require("batch_size", self.batch_size, 2)  # another picture of the batch is drawn
         require("learning_rate", self.learning_rate, 0, above=True)
         for task in IMAGE_TASKS:
             require(task.value, getattr(self, task.value), 0, above=True)

@@ -76,12 +76,15 @@ def stored(path: Path, make: Callable[[], Iterable[Example]]) -> list[Example]:
 
 
 def order(count: int, steps: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Which examples each step sees: shuffled epochs one behind the other, a function of the seed."""
+    """Which examples each step sees: shuffled epochs of whole batches, a function of the seed.
+
+    batch: at most `count`, so that no step sees an example twice; what is left of an epoch is left out.
+    """
     rng = np.random.default_rng([5, seed])
     waiting: list[int] = []
     for _ in range(steps):
-        while len(waiting) < batch:
-            waiting += rng.permutation(count).tolist()
+        if len(waiting) < batch:
+            waiting = rng.permutation(count).tolist()
         yield waiting[:batch]
         waiting = waiting[batch:]
 

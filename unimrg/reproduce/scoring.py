@@ -6,7 +6,7 @@ decoding's first step, many times as fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,6 @@ from unimrg.sample import Sample, Task
 
 PICTURES = 16  # scored at once
 
-Shown = Callable[[int], int]
-
 
 def score(
     model: Family,
@@ -33,11 +31,11 @@ def score(
     family: str,
     data: Sequence[Example],
     families: Sequence[str] = FAMILIES,
-    shown: Shown = int,
+    looked_at: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[Item], list[bool]]:
     """The questions that are scored, and whether each is answered right.
 
-    shown: which example's picture stands for that of example k; by default its own.
+    looked_at: codes of what is looked at in place of each example's own picture.
     """
     processor = load_family(family).processor(
         model, tokenizer, TrainConfig(prompt_dropout=0.0), (Task.UNDERSTANDING,), 0, from_codes=True
@@ -49,7 +47,8 @@ def score(
         for k, example in enumerate(data[first : first + PICTURES], first):
             questions = asked(example, families)
             items += [item(example, ask) for ask in questions]
-            samples.append(sample(example, k, questions, {"image": data[shown(k)].codes["image"]}))
+            codes = example.codes["image"] if looked_at is None else looked_at[k]
+            samples.append(sample(example, k, questions, {"image": codes}))
         said = first_tokens(model, processor, samples)
         wanted = [item.answer for item in items[len(marks) :]]
         marks += [same_answer(one, answer) for one, answer in zip(said, wanted, strict=True)]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from unimrg.benchmarks.scenes import Line, lines
 from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
@@ -59,6 +60,7 @@ def run(
     """Train `steps` steps of an arm and score it; everything that is known of the trial, for JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
+    disable_progress_bar()
     arm, family = ARMS[name], load_family(config.family)
     settings = FamilyConfig(name=config.family, weights=str(base), grad_scale=config.grad_scale)
     model, tokenizer = family.build(settings, seed)
@@ -138,42 +140,27 @@ def batches(
 
     ask = processor(Task.UNDERSTANDING, *(() if extra else arm.drawn))
     draw = processor(*arm.drawn) if extra else None
-    more = order(len(extra), steps, config.batch_size, seed) if extra else None
-    partners = _partners(len(extra or own), seed) if arm.shuffled else range(len(extra or own))
+    more = order(len(extra), steps, config.batch_size, seed) if extra else iter(())
     for step, numbers in enumerate(order(len(own), steps, config.batch_size, seed)):
-        places = range(step * config.batch_size, (step + 1) * config.batch_size)
-        asked = [
-            _sample(config, own, partners if not extra else (), k, place, seed)
-            for k, place in zip(numbers, places, strict=True)
-        ]
-        found = [ask(asked)]
-        if draw is not None and more is not None:
-            drawn = zip(next(more), places, strict=True)
+        first = step * config.batch_size
+        found = [ask([_sample(config, own[k], place, seed) for place, k in enumerate(numbers, first)])]
+        if draw is not None:
             found.append(
-                draw([sample(extra[k], place, (), _codes(extra, k, partners[k])) for k, place in drawn])
+                draw([sample(extra[k], p, (), extra[k].codes) for p, k in enumerate(next(more), first)])
             )
-        yield found
+        yield [turned(batch) for batch in found] if arm.shuffled else found
 
 
-def _sample(
-    config: ReproduceConfig, own: Sequence[Example], partners: Sequence[int], k: int, place: int, seed: int
-) -> Sample:
-    """Example k with its questions at a place of the order, and with what is drawn of it if anything is."""
-    rng = np.random.default_rng([8, seed, place])
-    questions = chosen(own[k], rng, config.questions, FAMILIES)
-    return sample(own[k], place, questions, _codes(own, k, partners[k] if partners else k))
+def _sample(config: ReproduceConfig, example: Example, place: int, seed: int) -> Sample:
+    """An example at a place of the order, with its questions and all that may be drawn of it."""
+    questions = chosen(example, np.random.default_rng([8, seed, place]), config.questions, FAMILIES)
+    return sample(example, place, questions, example.codes)
 
 
-def _codes(own: Sequence[Example], k: int, partner: int) -> dict[str, np.ndarray]:
-    """What is looked at is example k's; what is drawn is its partner's."""
-    drawn = {name: codes for name, codes in own[partner].codes.items() if name != "image"}
-    redrawn = {} if partner == k else {Task.PIXEL.value: own[partner].codes["image"]}
-    return {"image": own[k].codes["image"], **drawn, **redrawn}
-
-
-def _partners(count: int, seed: int) -> list[int]:
-    """For each of `count` pictures another one, each once: a cycle through all of them."""
-    cycle = np.random.default_rng([9, seed]).permutation(count)
-    partners = np.empty(count, int)
-    partners[cycle] = np.roll(cycle, 1)
-    return [int(k) for k in partners]
+def turned(batch: Any) -> Any:
+    """The batch with every drawing that of the next picture; masks and noise stay where they are."""
+    sources = batch.target_source.clone()
+    for task in batch.target_task.unique():
+        places = (batch.target_task == task).nonzero().squeeze(1)
+        sources[places] = batch.target_source[places.roll(1)]
+    return replace(batch, target_source=sources)

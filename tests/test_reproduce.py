@@ -1,0 +1,404 @@
+"""The reproduction: its world, where words look, what arms train on, what is concluded, all of it small."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unimrg.benchmarks.scenes import blind, gate
+from unimrg.compose import compose
+from unimrg.config import FamilyConfig, TrainConfig
+from unimrg.data.scenes.world import COLOURS, SHAPES
+from unimrg.errors import ConfigError
+from unimrg.families import load_family
+from unimrg.reproduce import __main__ as command
+from unimrg.reproduce import analysis, runs, trial
+from unimrg.reproduce.base import BaseConfig, make_base
+from unimrg.reproduce.config import ARMS, ReproduceConfig
+from unimrg.reproduce.data import Example, asked, chosen, examples, item, order, sample
+from unimrg.reproduce.models import RECIPES, ids_of
+from unimrg.reproduce.page import write_page
+from unimrg.reproduce.scoring import first_tokens, score
+from unimrg.reproduce.world import COLUMNS, FAMILIES, MAKERS, ROWS, Picture, asks, names, pictures
+from unimrg.sample import IMAGE_TASKS, Task
+
+
+@cache
+def shown() -> tuple[Picture, ...]:
+    return tuple(pictures(60, 3, "test"))
+
+
+@cache
+def encoded() -> tuple[Example, ...]:
+    encoder = load_family("harmon").picture_encoder(FamilyConfig())
+    return tuple(examples(encoder, 24, 3, "train"))
+
+
+@cache
+def built() -> tuple[Any, Any]:
+    return RECIPES["harmon"].build(0)
+
+
+# The world
+
+
+def test_pictures_are_a_function_of_seed_split_and_number() -> None:
+    later = next(pictures(1, 3, "test", start=5))
+    assert later.world == shown()[5].world and (later.drawn.rgb == shown()[5].drawn.rgb).all()
+    assert next(pictures(1, 3, "train")).world != shown()[0].world
+    assert next(pictures(1, 4, "test")).world != shown()[0].world
+
+
+def test_answers_follow_from_the_geometry() -> None:
+    for picture in shown():
+        things = {thing.look.colour: thing for thing in picture.world.things}
+        assert len(things) == len(picture.world.things)  # a colour names one thing
+        for ask in asks(picture, np.random.default_rng(0), tuple(MAKERS)):
+            words = ask.text.rstrip("?").split()
+            named = [things[word] for word in words if word in things]
+            project = picture.world.camera.project
+            if ask.family == "exist":
+                expected = "yes" if words[-1] in things else "no"
+            elif ask.family == "shape":
+                expected = named[0].look.shape
+            elif ask.family == "colour":
+                (expected,) = (c for c, thing in things.items() if thing.look.shape == words[-1])
+            elif ask.family == "where":
+                column, row = COLUMNS.index(ask.answer[0]), ROWS.index(ask.answer[1])
+                left, top, right, bottom = picture.drawn.boxes[list(things).index(words[-1])]
+                assert left - 8 < 8 * column + 4 < right + 8 and top - 8 < 8 * row + 4 < bottom + 8
+                continue
+            else:
+                one, two = named
+                first, second = (project(thing.centre) for thing in named)
+                truth = {
+                    "left": first[0] < second[0],
+                    "closer": first[2] < second[2],
+                    "larger": one.look.scale > two.look.scale,
+                }[ask.family]
+                expected = "yes" if truth else "no"
+            assert ask.answer == expected, ask
+
+
+def test_comparisons_come_in_both_orders_with_opposite_answers() -> None:
+    for picture in shown():
+        found = asks(picture, np.random.default_rng(1))
+        for pair in {ask.pair for ask in found}:
+            both = [ask for ask in found if ask.pair == pair]
+            if both[0].options == ("yes", "no"):
+                assert sorted(ask.answer for ask in both) == ["no", "yes"]
+            else:
+                assert len(both) == 1
+
+
+def test_cues_mislead_where_the_first_shortcut_is_wrong() -> None:
+    cues = Counter()
+    for picture in shown():
+        for ask in asks(picture, np.random.default_rng(1)):
+            if ask.cue is not None:
+                (said,) = next(iter(ask.shortcuts.values()))
+                assert ask.cue == (said != ask.answer)
+                cues[ask.family, ask.cue] += 1
+    for family in ("closer", "larger"):
+        assert 0.05 < cues[family, True] / (cues[family, True] + cues[family, False]) < 0.5
+
+
+def test_names_are_of_what_fills_a_cell() -> None:
+    for picture in shown()[:20]:
+        colour, shape, column, row = names(picture)
+        for cell in np.flatnonzero(colour < len(COLOURS)):
+            block = picture.drawn.ids[8 * row[cell] :, 8 * column[cell] :][:8, :8]
+            look = picture.looks[np.bincount(block[block > 0]).argmax() - 1]
+            assert (COLOURS[colour[cell]], SHAPES[shape[cell]]) == (look.colour, look.shape)
+        assert set(colour) >= {COLOURS.index(look.colour) for look in picture.looks if look.size == "large"}
+
+
+def test_blind_answers_are_at_chance() -> None:
+    """One order of each comparison, by chance: what reads the text alone is right about both or neither."""
+    items, luck = [], np.random.default_rng(0)
+    for number, picture in enumerate(pictures(300, 21, "test")):
+        found = tuple(asks(picture, np.random.default_rng([21, number])))
+        example = Example(number, picture.drawn.rgb, {}, found, names(picture))
+        by_pair: dict[int, list[Any]] = {}
+        for ask in asked(example):
+            by_pair.setdefault(ask.pair, []).append(ask)
+        items += [item(example, both[luck.integers(len(both))]) for both in by_pair.values()]
+    assert {found.family for found in items} == set(FAMILIES)
+    for name, answers in blind(items).items():
+        assert gate(items, answers) == [], name
+
+
+# The model
+
+
+def test_a_question_s_word_looks_at_cells_named_by_the_answer_s_word_and_not_at_itself() -> None:
+    model, tokenizer = built()
+    attention, norm = model.llm.model.layers[0].self_attn, model.llm.model.layers[0].input_layernorm
+    table = model.llm.get_input_embeddings().weight
+    with torch.no_grad():
+        asks_for = norm(table[ids_of(tokenizer, [f" {colour}" for colour in COLOURS])])
+        cells = norm(table[ids_of(tokenizer, COLOURS)])
+        query = attention.q_proj(asks_for).unflatten(-1, (4, -1))
+        scores = torch.einsum("qhd,khd->qk", query, attention.k_proj(cells).unflatten(-1, (4, -1)))
+        itself = torch.einsum("qhd,qhd->q", query, attention.k_proj(asks_for).unflatten(-1, (4, -1)))
+    assert scores.argmax(1).tolist() == list(range(len(COLOURS)))
+    assert (scores.diagonal() > 2 * itself.abs()).all()
+
+
+def test_columns_lie_along_a_line() -> None:
+    model, tokenizer = built()
+    rows = model.llm.get_input_embeddings().weight[ids_of(tokenizer, tuple(COLUMNS))].detach()
+    near = torch.nn.functional.cosine_similarity(rows[:-1], rows[1:])
+    far = torch.nn.functional.cosine_similarity(rows[:1], rows[4:])
+    assert near.min() > far.max()
+
+
+def test_first_tokens_are_those_of_greedy_answers() -> None:
+    model, tokenizer = built()
+    processor = load_family("harmon").processor(
+        model, tokenizer, TrainConfig(), (Task.UNDERSTANDING,), 0, from_codes=True
+    )
+    some = encoded()[:3]
+    picked = [asked(example)[1::5] for example in some]
+    samples = [
+        sample(example, k, found, {"image": example.codes["image"]})
+        for k, (example, found) in enumerate(zip(some, picked, strict=True))
+    ]
+    said = first_tokens(model, processor, samples)
+    pairs = [(example, ask) for example, found in zip(some, picked, strict=True) for ask in found]
+    pictures_, questions = [example.image for example, _ in pairs], [ask.text for _, ask in pairs]
+    assert said == model.answer(processor, pictures_, questions, 1)
+    assert model.training
+
+
+# What arms train on
+
+
+CONFIG = ReproduceConfig(pictures=8, extra_pictures=0, test=4, steps=3, batch_size=4, questions=3)
+
+
+def test_every_epoch_shows_every_picture_once() -> None:
+    seen = [k for step in order(6, 4, 3, seed=1) for k in step]
+    assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6)) and seen[:6] != seen[6:]
+    assert list(order(6, 4, 3, seed=1)) == list(order(6, 9, 3, seed=1))[:4]
+    assert list(order(6, 4, 3, seed=1)) != list(order(6, 4, 3, seed=2))
+
+
+def test_questions_are_drawn_from_families_in_turn() -> None:
+    found = chosen(encoded()[0], np.random.default_rng(0), 12, FAMILIES)
+    counts = Counter(ask.family for ask in found)
+    assert max(counts.values()) - min(counts.values()) <= 1 and len(found) == 12
+
+
+@pytest.fixture
+def sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight pictures with questions, eight without."""
+    parts = {"pictures": encoded()[:8], "extra_pictures": encoded()[8:16], "test": encoded()[16:20]}
+    monkeypatch.setattr(trial, "data", lambda config, base, folder, name: list(parts[name]))
+
+
+def steps_of(arm: str, config: ReproduceConfig = CONFIG, seed: int = 0) -> list[list[Any]]:
+    model, tokenizer = built()
+    return list(trial.batches(config, model, tokenizer, ARMS[arm], seed, config.steps, Path(), Path()))
+
+
+@pytest.mark.usefixtures("sets")
+def test_all_arms_see_the_same_pictures_and_questions() -> None:
+    plain = steps_of("sft")
+    for arm in ("pixel", "depth", "segmentation", "unimrg", "shuffled"):
+        for (one,), (other,) in zip(plain, steps_of(arm), strict=True):
+            assert one.ids == other.ids
+            assert one.label_ids.tolist() == other.label_ids.tolist()
+            looked = len(one.images)
+            assert torch.equal(one.codes[:looked], other.codes[:looked])
+            drawn = {task for task in IMAGE_TASKS if other.counts.get(task)}
+            assert drawn == set(ARMS[arm].drawn)
+    assert plain[0][0].ids != steps_of("sft", seed=1)[0][0].ids
+
+
+@pytest.mark.usefixtures("sets")
+def test_the_control_draws_other_pictures_and_nothing_else_differs() -> None:
+    own = encoded()[:8]
+    for (plain,), (batch,) in zip(steps_of("unimrg"), steps_of("shuffled"), strict=True):
+        for k, task in enumerate(IMAGE_TASKS):
+            name = "image" if task is Task.PIXEL else task.value
+            numbers = []
+            for one in (plain, batch):
+                drawn = one.codes[one.target_source[one.target_task == k]].numpy()
+                found = [[np.array_equal(e.codes[name], codes) for e in own].index(True) for codes in drawn]
+                numbers.append(found)
+            assert numbers[0] == [int(name) for name in plain.ids]
+            assert sorted(numbers[0]) == sorted(numbers[1])
+            assert all(mine != other for mine, other in zip(*numbers, strict=True))
+        assert plain.noise_seeds == batch.noise_seeds and plain.counts == batch.counts
+        assert torch.equal(plain.visible_cells, batch.visible_cells)
+
+
+@pytest.mark.usefixtures("sets")
+def test_extra_pictures_are_drawn_and_not_asked_about() -> None:
+    config = replace(CONFIG, extra_pictures=8)
+    extra = {str(example.number) for example in encoded()[8:16]}
+    for asking, drawing in steps_of("unimrg", config):
+        assert asking.counts[Task.UNDERSTANDING] and not any(asking.counts[task] for task in IMAGE_TASKS)
+        assert not drawing.counts[Task.UNDERSTANDING] and all(drawing.counts[t] for t in IMAGE_TASKS)
+        assert set(drawing.ids) <= extra and not set(asking.ids) & extra
+    assert [len(step) for step in steps_of("sft", config)] == [1] * config.steps
+
+
+def test_a_picture_that_is_looked_at_can_be_another() -> None:
+    model, tokenizer = built()
+    data = encoded()[:6]
+    other = [example.codes["image"] for example in data[1:] + data[:1]]
+    items, own = score(model, tokenizer, "harmon", data)
+    again, turned = score(model, tokenizer, "harmon", data, looked_at=other)
+    assert [found.index for found in items] == [found.index for found in again]
+    assert len(own) == len(turned) == len(items)
+
+
+# Conclusions
+
+
+def result(arm: str, seed: int, headline: float, **families: float) -> dict[str, Any]:
+    known = {"chance": 0.5, "reference": 0.6}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "steps": 2,
+        "cpu_seconds": 1.0,
+        "losses": {"first": {"understanding": 2.0}, "last": {"understanding": 1.0}},
+        "families": {name: {"balanced": share, **known} for name, share in families.items()},
+        "headline": headline,
+        "right": "1",
+    }
+
+
+def test_intervals_are_student_s_on_paired_differences() -> None:
+    results = [result("sft", k, 0.5 + 0.1 * k, left=0.5) for k in range(3)]
+    results += [
+        result("unimrg", k, 0.5 + 0.1 * k + gain, left=0.6) for k, gain in enumerate((0.01, 0.02, 0.03))
+    ]
+    found = analysis.difference(results, "unimrg", "sft", analysis.HEADLINE)
+    assert found is not None and found.mean == pytest.approx(0.02) and found.seeds == 3
+    reach = 4.302653 * 0.01 / math.sqrt(3)
+    assert found.interval.low == pytest.approx(0.02 - reach, abs=1e-6)
+    assert not found.clear and "not shown either way" in analysis.outcome(results)
+    one = analysis.difference(results, "unimrg", "sft", "left")
+    assert one is not None and one.clear and one.mean == pytest.approx(0.1)
+
+
+def test_what_is_said_follows_the_numbers() -> None:
+    def run_of(gains: tuple[float, ...], control: float = 0.0) -> list[dict[str, Any]]:
+        found = []
+        for k, gain in enumerate(gains):
+            found += [result("sft", k, 0.5), result("unimrg", k, 0.5 + gain)]
+            found.append(result("shuffled", k, 0.5 + control * gain))
+        return found
+
+    assert "better than SFT" in analysis.outcome(run_of((0.02, 0.021, 0.022)))
+    assert "worse than SFT" in analysis.outcome(run_of((-0.02, -0.021, -0.022)))
+    assert "clearly better than its control" in analysis.outcome(run_of((0.02, 0.021, 0.022), 1.0))
+    assert "says nothing" in analysis.outcome(run_of((0.5,)))
+    assert "nothing can be said" in analysis.outcome([result("base", 0, 0.5)])
+
+
+def test_the_base_stands_for_every_seed() -> None:
+    results = [result("base", 0, 0.5), *(result("sft", k, 0.6) for k in range(4))]
+    found = analysis.difference(results, "sft", "base", analysis.HEADLINE)
+    assert found is not None and found.seeds == 4 and found.mean == pytest.approx(0.1)
+
+
+def test_the_page_says_what_the_table_says(tmp_path: Path) -> None:
+    results = [result(arm, k, 0.5, left=0.5, closer=0.55) for arm in ("sft", "unimrg") for k in range(2)]
+    write_page(tmp_path / "report.html", ReproduceConfig(), results, "python -m unimrg.reproduce <&")
+    page = (tmp_path / "report.html").read_text()
+    assert analysis.outcome(results) in page and "&lt;&amp;" in page and "http" not in page.split("<body>")[1]
+    for row in analysis.table(results, list(ARMS)):
+        assert all(cell in page for cell in row)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"arms": []}, {"arms": ["sft", "sft"]}, {"arms": ["sft_longer", "sft"]}, {"depth": 0}, {"seeds": 0}],
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ReproduceConfig(**wrong).check()
+
+
+@pytest.mark.parametrize("size", ["laptop", "gpu"])
+def test_sizes(size: str) -> None:
+    config = compose("reproduce", [f"size={size}"], ReproduceConfig)
+    assert config.seeds >= {"laptop": 3, "gpu": 8}[size]
+    assert config.test * 13 >= 4000 and set(config.arms) == set(ARMS)
+
+
+def test_a_missing_base_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="python -m unimrg"):
+        runs.base_folder(ReproduceConfig(base=str(tmp_path)))
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    config = ReproduceConfig(storage_path=str(tmp_path))
+    runs._same_settings(config, tmp_path / "reproduce")
+    runs._same_settings(replace(config, seeds=9, arms=["sft"]), tmp_path / "reproduce")
+    with pytest.raises(ConfigError, match="another depth"):
+        runs._same_settings(replace(config, depth=3.0), tmp_path / "reproduce")
+
+
+# All of it, small
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = BaseConfig(
+        pictures=32, test=8, naming_steps=2, question_steps=2, drawing_steps=1, batch=4, naming_batch=4
+    )
+    make_base(recipe, tmp_path / "base", lambda words: None)
+    stored = json.loads((tmp_path / "base" / "base.json").read_text())
+    assert stored["config"] == json.loads(json.dumps(asdict(recipe))) and set(FAMILIES) <= set(
+        stored["scores"]
+    )
+    size = sum(path.stat().st_size for path in (tmp_path / "base").iterdir() if path.is_file())
+    assert size < 8 << 20
+
+    config = replace(
+        CONFIG, base=str(tmp_path / "base"), storage_path=str(tmp_path), seeds=2, pictures=16, test=8, steps=2
+    )
+    assert command.main(config) == 0
+    printed = capsys.readouterr().out
+    trials = sorted((tmp_path / "reproduce" / "trials").iterdir())
+    assert len(trials) == 2 * (len(ARMS) - 1) + 1
+    results = json.loads((tmp_path / "reproduce" / "results.json").read_text())
+    assert analysis.outcome(results) in printed and (tmp_path / "reproduce" / "report.html").is_file()
+    for found in results:
+        assert (
+            found["steps"] == (0 if found["arm"] == "base" else config.steps) or found["arm"] == "sft_longer"
+        )
+        assert set(found["losses"]["last"]) == (
+            {task.value for task in (Task.UNDERSTANDING, *ARMS[found["arm"]].drawn)}
+            if found["steps"]
+            else set()
+        )
+    assert all(analysis.of(results, "sft_longer")[k]["steps"] >= config.steps for k in range(2))
+
+    # A second run trains nothing that is there, and makes again, to the same answers, what isn't.
+    kept = {path: path.stat().st_mtime_ns for path in trials}
+    gone = tmp_path / "reproduce" / "trials" / "unimrg-1.json"
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    assert command.main(config) == 0
+    again = json.loads(gone.read_text())
+    assert (again["right"], again["losses"]) == (before["right"], before["losses"])
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != gone)
