@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from unimrg.benchmarks.scenes import blind, gate
 from unimrg.compose import compose
@@ -25,9 +27,9 @@ from unimrg.reproduce import analysis, runs, trial
 from unimrg.reproduce.base import BaseConfig, make_base
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.data import Example, asked, chosen, examples, item, order, sample
-from unimrg.reproduce.models import RECIPES, ids_of
+from unimrg.reproduce.models import LOOKING, RECIPES, ids_of, showo_cells
 from unimrg.reproduce.page import write_page
-from unimrg.reproduce.scoring import first_tokens, score
+from unimrg.reproduce.scoring import greedily_right, language_head, score
 from unimrg.reproduce.world import COLUMNS, FAMILIES, MAKERS, ROWS, Picture, asks, names, pictures
 from unimrg.sample import IMAGE_TASKS, Task
 
@@ -38,14 +40,14 @@ def shown() -> tuple[Picture, ...]:
 
 
 @cache
-def encoded() -> tuple[Example, ...]:
-    encoder = load_family("harmon").picture_encoder(FamilyConfig())
+def encoded(family: str = "harmon") -> tuple[Example, ...]:
+    encoder = load_family(family).picture_encoder(FamilyConfig(name=family))
     return tuple(examples(encoder, 24, 3, "train"))
 
 
 @cache
-def built() -> tuple[Any, Any]:
-    return RECIPES["harmon"].build(0)
+def built(family: str = "harmon") -> tuple[Any, Any]:
+    return RECIPES[family].build(0)
 
 
 # The world
@@ -140,18 +142,35 @@ def test_blind_answers_are_at_chance() -> None:
 # The model
 
 
-def test_a_question_s_word_looks_at_cells_named_by_the_answer_s_word_and_not_at_itself() -> None:
-    model, tokenizer = built()
-    attention, norm = model.llm.model.layers[0].self_attn, model.llm.model.layers[0].input_layernorm
-    table = model.llm.get_input_embeddings().weight
-    with torch.no_grad():
-        asks_for = norm(table[ids_of(tokenizer, [f" {colour}" for colour in COLOURS])])
-        cells = norm(table[ids_of(tokenizer, COLOURS)])
-        query = attention.q_proj(asks_for).unflatten(-1, (4, -1))
-        scores = torch.einsum("qhd,khd->qk", query, attention.k_proj(cells).unflatten(-1, (4, -1)))
-        itself = torch.einsum("qhd,qhd->q", query, attention.k_proj(asks_for).unflatten(-1, (4, -1)))
+def looking(family: str) -> tuple[Any, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """The word table, and from states [N, H] to queries and keys [N, heads, D] of the layer that looks."""
+    model, _ = built(family)
+    if family == "harmon":
+        layer, table = model.llm.model.layers[0], model.llm.get_input_embeddings()
+    else:
+        layer, table = model.showo.model.layers[LOOKING], model.showo.get_input_embeddings()
+    attention = layer.self_attn
+
+    def both(states: Tensor) -> tuple[Tensor, Tensor]:
+        normed = layer.input_layernorm(states)
+        query, key = (proj(normed).unflatten(-1, (4, -1)) for proj in (attention.q_proj, attention.k_proj))
+        if family == "showo":
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        return query, key
+
+    return table.weight.detach(), both
+
+
+@pytest.mark.parametrize("family", RECIPES)
+@torch.no_grad()
+def test_a_question_s_word_looks_at_what_its_answer_names_and_not_at_itself(family: str) -> None:
+    tokenizer = built(family)[1]
+    table, both = looking(family)
+    query, itself = both(table[ids_of(tokenizer, [f" {colour}" for colour in COLOURS])])
+    _, cells = both(table[ids_of(tokenizer, COLOURS)])
+    scores = torch.einsum("qhd,khd->qk", query, cells)
     assert scores.argmax(1).tolist() == list(range(len(COLOURS)))
-    assert (scores.diagonal() > 2 * itself.abs()).all()
+    assert (scores.diagonal() > 2 * torch.einsum("qhd,qhd->q", query, itself).abs()).all()
 
 
 def test_columns_lie_along_a_line() -> None:
@@ -162,21 +181,49 @@ def test_columns_lie_along_a_line() -> None:
     assert near.min() > far.max()
 
 
-def test_first_tokens_are_those_of_greedy_answers() -> None:
-    model, tokenizer = built()
-    processor = load_family("harmon").processor(
-        model, tokenizer, TrainConfig(), (Task.UNDERSTANDING,), 0, from_codes=True
+@torch.no_grad()
+def test_cells_of_showo_are_those_of_its_forward_pass() -> None:
+    model, _ = built("showo")
+    example, caught = encoded("showo")[0], []
+    handle = model.showo.model.layers[LOOKING - 1].register_forward_hook(lambda *call: caught.append(call[2]))
+    model(asker("showo")([sample(example, 0, asked(example)[:3], {"image": example.codes["image"]})]))
+    handle.remove()
+    cells = showo_cells(model, torch.from_numpy(example.codes["image"].astype(np.int64))[None])
+    torch.testing.assert_close(caught[0][:, 2 : 2 + cells.shape[1]], cells)
+
+
+def asker(family: str) -> Any:
+    model, tokenizer = built(family)
+    settings = TrainConfig(prompt_dropout=0.0)
+    return load_family(family).processor(
+        model, tokenizer, settings, (Task.UNDERSTANDING,), 0, from_codes=True
     )
-    some = encoded()[:3]
-    picked = [asked(example)[1::5] for example in some]
-    samples = [
-        sample(example, k, found, {"image": example.codes["image"]})
-        for k, (example, found) in enumerate(zip(some, picked, strict=True))
-    ]
-    said = first_tokens(model, processor, samples)
-    pairs = [(example, ask) for example, found in zip(some, picked, strict=True) for ask in found]
-    pictures_, questions = [example.image for example, _ in pairs], [ask.text for _, ask in pairs]
-    assert said == model.answer(processor, pictures_, questions, 1)
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_an_answer_is_right_when_greedy_decoding_says_it(family: str) -> None:
+    """A fresh model whose head knows the colours alone, so that it says one of them."""
+    model, tokenizer = RECIPES[family].build(0)
+    before = {"harmon": "", "showo": " "}[family]
+    kept = ids_of(tokenizer, [before + colour for colour in COLOURS])
+    with torch.no_grad():
+        rows = language_head(model).weight[kept].clone()
+        language_head(model).weight.zero_()[kept] = rows
+    processor, some = asker(family), encoded(family)[:8]
+    pairs = [(example, ask) for example in some for ask in asked(example)[::4]]
+    said = model.answer(processor, [e.image for e, _ in pairs], [ask.text for _, ask in pairs], 1)
+    assert set(COLOURS) & set(said)
+    for word in COLOURS:
+        samples = [
+            sample(
+                example,
+                k,
+                [replace(ask, answer=word) for other, ask in pairs if other is example],
+                {"image": example.codes["image"]},
+            )
+            for k, example in enumerate(some)
+        ]
+        assert greedily_right(model, processor, samples) == [one == word for one in said]
     assert model.training
 
 

@@ -99,10 +99,7 @@ def sample(example: Example, position: int, questions: Sequence[Ask], codes: dic
         turns,
         image=example.image,
         valid=(0, 0, side, side),
-        codes={
-            name: found.astype(np.float32) if found.dtype.kind == "f" else found
-            for name, found in codes.items()
-        },
+        codes=codes,
     )
 
 

@@ -1,7 +1,7 @@
-"""Answers to many short questions about each picture in one pass: the likeliest token where each begins.
+"""Many short answers about each picture in one pass: would greedy decoding give exactly this answer?
 
-All questions of a picture stand behind one prefix, as in training. For answers of one token this is greedy
-decoding's first step, many times as fast.
+All questions of a picture stand behind one prefix, as in training. Greedy decoding gives an answer exactly
+when each of its tokens is the likeliest behind those before it, so one pass over the answers tells.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimrg.benchmarks.held_out import same_answer
 from unimrg.benchmarks.scenes import Item
 from unimrg.config import TrainConfig
 from unimrg.families import load_family
@@ -49,15 +48,13 @@ def score(
             items += [item(example, ask) for ask in questions]
             codes = example.codes["image"] if looked_at is None else looked_at[k]
             samples.append(sample(example, k, questions, {"image": codes}))
-        said = first_tokens(model, processor, samples)
-        wanted = [item.answer for item in items[len(marks) :]]
-        marks += [same_answer(one, answer) for one, answer in zip(said, wanted, strict=True)]
+        marks += greedily_right(model, processor, samples)
     return items, marks
 
 
 @torch.no_grad()
-def first_tokens(model: Family, processor: Any, samples: Sequence[Sample]) -> list[str]:
-    """The likeliest first token of every answer, in order."""
+def greedily_right(model: Family, processor: Any, samples: Sequence[Sample]) -> list[bool]:
+    """Of every answer in order, whether all of its tokens are the likeliest; its end isn't looked at."""
     batch, caught = processor(samples), []
 
     def catch(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
@@ -71,12 +68,12 @@ def first_tokens(model: Family, processor: Any, samples: Sequence[Sample]) -> li
     finally:
         handle.remove()
         model.train(was_training)
-    ends = np.cumsum([len(processor.encode(turn.answer)) + 1 for s in samples for (turn,) in s.conversations])
-    starts = [0, *ends[:-1].tolist()]
     # The family reads only the places that are predicted from, in the order of `label_index`.
-    hidden = caught[0][: len(batch.label_index)][starts]
-    tokens = language_head(model)(hidden).argmax(-1).tolist()
-    return [processor.tokenizer.decode([token]).strip() for token in tokens]
+    hidden = caught[0][: len(batch.label_index)]
+    hits = (language_head(model)(hidden).argmax(-1) == batch.label_ids).tolist()
+    ends = (batch.label_ids == batch.label_ids[-1]).nonzero().flatten().tolist()
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return [all(hits[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 def language_head(model: Family) -> torch.nn.Module:
