@@ -22,6 +22,7 @@ from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.data.scenes.world import COLOURS, SHAPES
 from unimrg.errors import ConfigError
 from unimrg.families import load_family
+from unimrg.report.markup import escape
 from unimrg.reproduce import __main__ as command
 from unimrg.reproduce import analysis, runs, trial
 from unimrg.reproduce.base import BaseConfig, make_base
@@ -337,7 +338,7 @@ def test_intervals_are_student_s_on_paired_differences() -> None:
     assert found is not None and found.mean == pytest.approx(0.02) and found.seeds == 3
     reach = 4.302653 * 0.01 / math.sqrt(3)
     assert found.interval.low == pytest.approx(0.02 - reach, abs=1e-6)
-    assert not found.clear and "not shown either way" in analysis.outcome(results)
+    assert not found.clear and "can't be told apart" in analysis.outcome(results)
     one = analysis.difference(results, "unimrg", "sft", "left")
     assert one is not None and one.clear and one.mean == pytest.approx(0.1)
 
@@ -367,7 +368,11 @@ def test_the_page_says_what_the_table_says(tmp_path: Path) -> None:
     results = [result(arm, k, 0.5, left=0.5, closer=0.55) for arm in ("sft", "unimrg") for k in range(2)]
     write_page(tmp_path / "report.html", ReproduceConfig(), results, "python -m unimrg.reproduce <&")
     page = (tmp_path / "report.html").read_text()
-    assert analysis.outcome(results) in page and "&lt;&amp;" in page and "http" not in page.split("<body>")[1]
+    assert (
+        escape(analysis.outcome(results)) in page
+        and "&lt;&amp;" in page
+        and "http" not in page.split("<body>")[1]
+    )
     for row in analysis.table(results, list(ARMS)):
         assert all(cell in page for cell in row)
 

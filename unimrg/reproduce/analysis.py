@@ -78,11 +78,11 @@ def outcome(results: Sequence[Result]) -> str:
     if found.seeds < 2:
         return f"UniMRG is {points} from SFT with one seed: that says nothing; take more seeds."
     ends = f"95 % interval {100 * found.interval.low:+.1f} to {100 * found.interval.high:+.1f}"
-    verdict = "not shown either way"
+    verdict = "UniMRG and SFT can't be told apart"
     if found.clear:
-        verdict = "better than SFT" if found.mean > 0 else "worse than SFT"
+        verdict = f"UniMRG is {'better' if found.mean > 0 else 'worse'} than SFT"
     control = difference(results, "unimrg", "shuffled", HEADLINE)
-    words = f"UniMRG is {verdict}: {points}, {ends}, {found.seeds} seeds."
+    words = f"{verdict}: {points}, {ends}, {found.seeds} seeds."
     if control is not None and found.clear and found.mean > 0 and not control.clear:
         words += " But it isn't clearly better than its control with drawings of other pictures."
     return words

@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from unimrg.benchmarks.dense import psnr
 from unimrg.benchmarks.scenes import lines, table
 from unimrg.config import EngineConfig, FamilyConfig, TrainConfig
 from unimrg.engine import Engine, make_engine
 from unimrg.errors import ConfigError, UnimrgError
 from unimrg.families import load_family
-from unimrg.families.base import Family
+from unimrg.families.base import DrawOptions, Family
 from unimrg.families.encoder import plain
 from unimrg.losses import combine
 from unimrg.reproduce.data import Example, chosen, examples, order, sample, stored
@@ -46,6 +47,7 @@ BASE_SEED = 1  # of its pictures: arms draw others
 SHARPNESS = 8.0  # factor on the cosines of naming
 NOTHING, EMPTY = 1.0, 0.2  # score, and weight in the loss, of a cell that shows nothing
 REPORT_EVERY = 50
+DRAWN, TEMPERATURE = 32, 0.5  # held-out pictures that are redrawn, and how
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,24 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
         "cpu_seconds": round(time.process_time() - started, 1),
         "scores": {line.family: line.accuracy for line in found},
         "references": {line.family: line.best_reference for line in found},
+        "redrawing": _redrawing(config, model, tokenizer, data["train"], data["test"]),
     }
     save(model, tokenizer, folder, result)
+
+
+def _redrawing(
+    config: BaseConfig, model: Family, tokenizer: Any, known: Sequence[Example], new: Sequence[Example]
+) -> dict[str, float]:
+    """Mean PSNR in dB of redrawn held-out pictures, and of the mean picture in their place."""
+    settings = TrainConfig(prompt_dropout=0.0)
+    processor = load_family(config.family).processor(model, tokenizer, settings, (Task.PIXEL,), config.seed)
+    pictures = [example.image for example in new[:DRAWN]]
+    mean = np.mean([example.image for example in known], axis=0).round().astype(np.uint8)
+    drawn = model.eval().draw(processor, pictures, Task.PIXEL, DrawOptions(temperature=TEMPERATURE))
+    return {
+        "psnr": float(np.mean([psnr(a, b) for a, b in zip(pictures, drawn, strict=True)])),
+        "psnr_of_mean": float(np.mean([psnr(picture, mean) for picture in pictures])),
+    }
 
 
 def _same_recipe(config: BaseConfig, folder: Path) -> None:

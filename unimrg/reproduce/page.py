@@ -21,6 +21,7 @@ def write_page(path: Path, config: ReproduceConfig, results: Sequence[Result], c
         _levels(config, results),
         _differences(config, results, "sft", "understanding only, the same questions and steps"),
         _differences(config, results, "shuffled", "the control that draws other pictures"),
+        _differences(config, results, "base", "before any of this"),
         _drawings(config, results),
         _settings(config, command),
     ]
