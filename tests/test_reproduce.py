@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unimrg.benchmarks.scenes import blind, gate
+from unimrg.benchmarks.scenes import blind, gate, lines
 from unimrg.compose import compose
 from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.data.scenes.world import COLOURS, SHAPES
@@ -454,3 +454,57 @@ def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.C
     again = json.loads(gone.read_text())
     assert (again["right"], again["losses"]) == (before["right"], before["losses"])
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != gone)
+
+
+# The base that comes with the package
+
+BASE = runs.SHIPPED / "harmon"
+shipped = pytest.mark.skipif(not (BASE / "config.json").is_file(), reason="no base lies in the package")
+
+
+@cache
+def base() -> tuple[Any, Any]:
+    return load_family("harmon").build(FamilyConfig(weights=str(BASE)), 0)
+
+
+@cache
+def fresh_pictures() -> tuple[Example, ...]:
+    encoder = load_family("harmon").picture_encoder(FamilyConfig(weights=str(BASE)))
+    return tuple(examples(encoder, 150, 99, "test"))
+
+
+@shipped
+@pytest.mark.slow
+def test_the_base_sees_what_shortcuts_don_t_tell() -> None:
+    found = {line.family: line for line in lines(*score(*base(), "harmon", fresh_pictures()))}
+    seen = [name for name in FAMILIES if found[name].interval.low > found[name].best_reference]
+    assert len(seen) >= 3, {name: (line.accuracy, line.best_reference) for name, line in found.items()}
+
+
+@shipped
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grey", "shuffled"])
+def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
+    """One order of each comparison: a model that doesn't see the picture is right about both or neither."""
+    data, (model, tokenizer) = fresh_pictures(), base()
+    own = [example.codes["image"] for example in data]
+    instead = [model.grey_codes()] * len(own) if kind == "grey" else own[1:] + own[:1]
+    items, marks = score(model, tokenizer, "harmon", data, looked_at=instead)
+    luck, kept = np.random.default_rng(0), {}
+    for found, mark in zip(items, marks, strict=True):
+        kept.setdefault(found.pair, []).append((found, mark))
+    picked = [some[luck.integers(len(some))] for some in kept.values()]
+    answers = [found.answer if mark else "" for found, mark in picked]
+    assert gate([found for found, _ in picked], answers) == []
+
+
+@shipped
+@pytest.mark.slow
+def test_understanding_alone_improves_the_base(tmp_path: Path) -> None:
+    """Of the drawings nothing is asserted: what they do is what the reproduction asks."""
+    config = ReproduceConfig(
+        storage_path=str(tmp_path), arms=["base", "sft"], seeds=1, pictures=600, test=150
+    )
+    before, after = runs.results(config, lambda words: None)
+    assert after["headline"] > before["headline"]
+    assert after["losses"]["last"]["understanding"] < after["losses"]["first"]["understanding"]
