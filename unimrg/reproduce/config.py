@@ -68,9 +68,11 @@ class ReproduceConfig:
         -1.0, "factor on the gradient from looked-at pictures, 0..1; -1 = the base's own"
     )
     workers: int = knob(2, "processes of one thread each")
+    device: str = knob("cpu", "cpu, or cuda: all workers share one GPU")
 
     def check(self) -> None:
         require_choice("family", self.family, FAMILIES)
+        require_choice("device", self.device, ("cpu", "cuda"))
         for arm in self.arms:
             require_choice("arms", arm, ARMS)
         if len(set(self.arms)) < len(self.arms) or not self.arms:

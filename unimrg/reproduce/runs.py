@@ -7,16 +7,18 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unimrg.errors import ConfigError
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.trial import SETS, data, run
 
 SHIPPED = Path(__file__).parent / "assets"
-BOOKKEEPING = ("name", "storage_path", "seeds", "arms", "workers")
+BOOKKEEPING = ("name", "storage_path", "seeds", "arms", "workers", "device")
 """Knobs that may differ between a run and the one it goes on from."""
 
 Result = dict[str, Any]
@@ -45,8 +47,10 @@ def base_folder(config: ReproduceConfig) -> Path:
 def results(config: ReproduceConfig, tell: Callable[[str], None] = print) -> list[Result]:
     """Every trial's result, arms in order and seeds within; those that are stored already are read.
 
-    Raises ConfigError where the folder holds results of other settings.
+    Raises ConfigError where the folder holds results of other settings, or where there is no such device.
     """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: there is no CUDA device here; write device=cpu")
     folder, base = Path(config.storage_path) / config.name, base_folder(config)
     _same_settings(config, folder)
     for name in SETS:
@@ -108,7 +112,7 @@ def _finished(
 
 def _run(config: ReproduceConfig, base: Path, folder: Path, trial: Trial, path: Path) -> Result:
     """In a process of its own: run a trial and store it in one move."""
-    result = run(replace(config), base, folder, trial.arm, trial.seed, trial.steps)
+    result = run(config, base, folder, trial.arm, trial.seed, trial.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(result))

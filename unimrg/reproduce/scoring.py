@@ -55,7 +55,7 @@ def score(
 @torch.no_grad()
 def greedily_right(model: Family, processor: Any, samples: Sequence[Sample]) -> list[bool]:
     """Of every answer in order, whether all of its tokens are the likeliest; its end isn't looked at."""
-    batch, caught = processor(samples), []
+    batch, caught = processor(samples).to(model.device_of_weights), []
 
     def catch(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
         caught.append(output.reshape(-1, output.shape[-1]))

@@ -65,6 +65,7 @@ def run(
     settings = FamilyConfig(name=config.family, weights=str(base), grad_scale=config.grad_scale)
     model, tokenizer = family.build(settings, seed)
     model.set_grad_scale(config.grad_scale)
+    model.to(config.device)
     started, outputs = time.process_time(), []
     if arm.trained:
         outputs = train(config, model, tokenizer, arm, seed, steps, base, folder)
@@ -112,7 +113,7 @@ def train(
     )
     tasks = (Task.UNDERSTANDING, *arm.drawn)
     model.freeze([], tasks)
-    engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
+    engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device(config.device))
     outputs: list[StepOutput] = []
     source = batches(config, model, tokenizer, arm, seed, steps, base, folder)
     model.train()
