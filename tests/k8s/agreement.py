@@ -20,6 +20,7 @@ SPOT = ("spot", "cloud.google.com/gke-spot", "karpenter.sh/capacity-type")
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 STOP_WAIT, STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S", 60
 PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227, "dashboard": 8265}
+RUN_METRICS = "9464"  # what the network policy and the PodMonitor know
 POOL = re.compile(r"(\S+)\.node_labels=\['pool=(\w+)'\]")
 
 
@@ -104,6 +105,8 @@ def _entrypoint(document: Document) -> Iterator[str]:
     values = dict(word.split("=", 1) for word in words[2:] if "=" in word)
     if words[2] != "unimrg.label" and values.get("cluster.node_labels") != "['pool=trainer']":
         yield "training may take the teachers' nodes: cluster.node_labels isn't ['pool=trainer']"
+    if (values.get("metrics.port"), values.get("metrics.address")) != (RUN_METRICS, "0.0.0.0"):
+        yield f"Prometheus can't read the run: metrics.port={RUN_METRICS} metrics.address=0.0.0.0 is missing"
     if words[2] == "unimrg.train" and "trainer" in groups:
         trainer = groups["trainer"]
         room = int(trainer.count * (trainer.asks(GPU) or 1))

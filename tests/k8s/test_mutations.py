@@ -127,6 +127,8 @@ JOB: dict[str, tuple[Change, str]] = {
     "account of the head": (pod(lambda p: p.update(serviceAccountName="unimrg-head")), "the head's alone"),
     "secret written out": (env("HF_TOKEN", "x"), "HF_TOKEN is written out"),
     "key written out": (env("NAME", "AKIAABCDEFGHIJKLMNOP"), "looks like a credential"),
+    "figures nowhere": (words("metrics.port=9464 ", ""), "Prometheus can't read the run"),
+    "figures at another port": (words("metrics.port=9464", "metrics.port=9465"), "can't read the run"),
     "key in the command": (words("train.batch", "s3.secret_key=x train.batch"), "the entrypoint holds"),
     "password in a URL": (words("s3://example-bucket/runs", "s3://a:b@example/runs"), "the entrypoint holds"),
     "latest": (container(lambda c: c.update(image="unimrg:latest")), "another one tomorrow"),
