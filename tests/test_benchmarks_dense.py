@@ -13,7 +13,7 @@ import pytest
 from unimrg.benchmarks import dense, intervals
 from unimrg.benchmarks.dense.boundaries import within
 
-FIXTURES = Path(__file__).parent / "parity" / "fixtures" / "dense"
+FIXTURES = Path(__file__).parent / "benchmarks" / "fixtures" / "dense"
 
 
 def cases(name: str, file: str) -> tuple[dict[str, dict[str, np.ndarray]], Any]:
