@@ -162,7 +162,9 @@ def _step(
         batch = make_batch(_asked(config, some, step))
         losses = engine.forward(batch, True)
         total = combine(losses, {Task.UNDERSTANDING: 1.0, Task.PIXEL: config.pixel}, batch.counts)
-        said = "".join(f", {task} {float(loss.mean.detach()):.3f}" for task, loss in losses.items())
+        said = "".join(
+            f", {task} {float(loss.mean.detach()):.3f}" for task, loss in losses.items() if loss.count
+        )
     named = name(some)
     engine.backward(total + (1.0 if make_batch is None else config.rehearsal) * named, True)
     engine.step()
