@@ -50,8 +50,7 @@ FREE = ("search.resume", "search.max_failures", "log_every", "s3", "cluster", "m
 def run(config: SearchConfig, usual: RunConfig) -> int:
     """A search; returns the exit status: 0, or PAUSED when told to end (SIGTERM). usual: see `search`."""
     try:
-        with _ended_by_sigterm():
-            search(config, usual)
+        search(config, usual)
     except _Told:
         again = f"name={config.name}" + (" search.resume=true" if run_store(config).exists(BEGUN) else "")
         print(f"stopped as told; run again with {again} to go on", flush=True)
@@ -65,7 +64,10 @@ class _Told(BaseException):
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Raises _Told where the main thread is when the signal comes; trials end with the driver."""
+    """Raises _Told where the main thread is when the signal comes; trials end with the driver.
+
+    Within a Ray session: it begins with a handler of its own.
+    """
 
     def end(number: int, frame: Any) -> None:
         raise _Told
@@ -97,6 +99,7 @@ def search(config: SearchConfig, usual: RunConfig) -> None:
     with (
         ray_session(ON_CPUS * LAPTOP_CPUS) as logs,
         exporting(config.metrics, config.name, "labelling") as outlet,
+        _ended_by_sigterm(),
     ):
         gpus = gpus_of_cluster()
         lag = before["lag"] if before else _at_once(config, gpus)
