@@ -52,7 +52,7 @@ LAYERS = (
         "weights",
         "zero",
     },
-    {"loop", "benchmarks", "report", "teachers.fit", "reproduce"},
+    {"loop", "benchmarks", "report", "adapters", "teachers.fit", "reproduce"},
     {"compose", "usage"},
     {"train", "label", "evaluate", "generate", "export", "reproduce.__main__"},
 )

@@ -18,8 +18,8 @@ from unimrg.storage import Store
 
 IMAGE, IMAGE_PATH = "image", "image_path"
 _REFERENCE = 64  # characters at most of a cell that names the row whose picture is shared
-_MAX_BYTES = 64 << 20
-_MAX_PIXELS = 178_956_970
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ def decode_picture(question: Question, number: int, folder: Store) -> np.ndarray
             raise SampleError("not-an-image", f"row {question.index}: {error}") from error
     else:
         raw = _read(picture, folder)
-    return decode_verbatim(raw, _MAX_BYTES, _MAX_PIXELS)
+    return decode_verbatim(raw, MAX_BYTES, MAX_PIXELS)
 
 
 def _read(path: str, folder: Store) -> bytes:
     if path.startswith("/") or ".." in path.split("/"):
         raise SampleError("path-outside-folder", path)
     try:
-        return folder.read_bytes(path, _MAX_BYTES + 1)
+        return folder.read_bytes(path, MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise SampleError("missing-file", path) from error
