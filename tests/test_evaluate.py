@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests import families
 from unimrg import evaluate
+from unimrg.benchmarks import scenes
 from unimrg.benchmarks.evaluation import FILE, Evaluation
 from unimrg.benchmarks.published import CONFIDENCE, published
 from unimrg.benchmarks.result import BenchmarkResult
@@ -26,6 +27,8 @@ from unimrg.benchmarks.understanding.extract import FAILED, MATCHERS
 from unimrg.benchmarks.understanding.questions import read_questions
 from unimrg.compose import run_command
 from unimrg.config import EvaluateConfig
+from unimrg.data.scenes import make_scenes
+from unimrg.data.scenes.tables import tables
 from unimrg.report.results import PAPER, results_page
 from unimrg.storage import Store
 
@@ -52,8 +55,9 @@ def evaluated(out: Path, *words: str) -> dict[str, BenchmarkResult]:
 
 def test_a_folder_of_answers_is_scored_whole(tmp_path: Path) -> None:
     results = evaluated(tmp_path, f"predictions={UNDERSTANDING / 'predictions'}")
-    assert set(results) == {benchmark.name for benchmark in registry.BENCHMARKS} | {"CV-Bench"}
-    for benchmark in registry.BENCHMARKS:
+    official = [benchmark for benchmark in registry.BENCHMARKS if benchmark.md5]
+    assert set(results) == {benchmark.name for benchmark in official} | {"CV-Bench"}
+    for benchmark in official:
         file = UNDERSTANDING / "predictions" / f"{benchmark.name}.tsv"
         expected = registry.score(benchmark, tsv.read_table(file.read_bytes(), str(file)), str(file))
         assert results[benchmark.name].scores == expected.scores
@@ -196,10 +200,9 @@ def evaluation_numbers() -> set[float]:
 
 
 def test_published_numbers_have_columns() -> None:
-    """Of understanding; those of generation wait for their scorers."""
     known = {column.key for column in PAPER} | {benchmark.name for benchmark in registry.BENCHMARKS}
     names = {name for entry in published() for name in entry.scores | entry.gains}
-    assert {name.split()[0] for name in names - known} == {"GenEval", "DPG-Bench"}
+    assert not names - known
 
 
 def test_a_result_of_any_benchmark_gets_a_column() -> None:
@@ -207,6 +210,77 @@ def test_a_result_of_any_benchmark_gets_a_column() -> None:
     nothing = BenchmarkResult("VSR-zeroshot", {"acc": float("nan")}, "acc", {"acc": "percent"})
     page = results_page([Evaluation("m", "m", (result, nothing))])
     assert "21.5\u00a0dB" in page and "NaN" not in page
+
+
+def test_generation_stands_in_the_paper_s_table_and_is_counted_in_its_own_units() -> None:
+    score = {"overall": 0.7239}, "overall", {"overall": "fraction"}
+    counts = {"pictures": 6636, "prompts": 553}
+    whole = BenchmarkResult("GenEval", *score, protocol={"detector": "x"}, counts=counts)
+    part = BenchmarkResult(
+        "GenEval", *score, protocol={"detector": "x"}, counts={"pictures": 8, "prompts": 2}
+    )
+    page = results_page([Evaluation("whole", "a", (whole,)), Evaluation("part", "b", (part,))])
+    assert "2\u00a0models, 6,644\u00a0drawings." in page and "0\u00a0answers" not in page
+    ours = re.findall(r"<tbody>(.*?)</tbody>", page)[0]
+    assert ">72.39<" in ours and ">72.39*<" in ours and "Published by others" in page
+    assert "553 prompts" in page and "2 of 553 prompts" in page and "pictures: 6,636" in page
+
+
+# -- Scenes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answered_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers to both tables: always Yes, and the right letter for two families."""
+    folder = tmp_path_factory.mktemp("scenes")
+    for name, text in tables(make_scenes(60, seed=6, split="test", size=32)).items():
+        asked = read_questions(text.encode(), name).questions
+        known = {str(q.row["category"]) for q in asked if q.row["category"] in ("colour", "count")}
+        said = {
+            q.index: q.row["answer"]
+            if q.row["category"] in known
+            else "Yes"
+            if name.endswith("YN.tsv")
+            else "A"
+            for q in asked
+        }
+        rows: list[tsv.Row] = [{**q.row, "prediction": said[q.index]} for q in asked]
+        (folder / name).write_bytes(tsv.write_table(rows))
+    return folder
+
+
+def test_scenes_are_scored_by_family_beside_chance(answered_scenes: Path, tmp_path: Path) -> None:
+    results = evaluated(tmp_path, f"predictions={answered_scenes}")
+    assert set(results) == {"Scenes_YN", "Scenes_MCQ"}
+    yes, letters = results["Scenes_YN"], results["Scenes_MCQ"]
+    assert (yes.scores["accuracy"], yes.scores["pairs"], yes.scores["chance"]) == (0.5, 0.0, 0.5)
+    assert yes.headline == "accuracy" and yes.scores["pair_chance"] == 0.25
+    assert letters.groups["accuracy"]["colour"] == letters.groups["pairs"]["colour"] == 1
+    assert letters.groups["chance"]["colour"] == 0.25 and letters.groups["accuracy"]["count"] == 1
+    page = (tmp_path / "results.html").read_text()
+    assert "cue misleads" in page and "the official file" not in page and "colour" in page
+
+
+def test_scenes_are_scored_as_by_their_own_command(answered_scenes: Path, tmp_path: Path) -> None:
+    for name, result in evaluated(tmp_path, f"predictions={answered_scenes}").items():
+        text = (answered_scenes / f"{name}.tsv").read_text()
+        (tmp_path / "table.tsv").write_text(text)
+        items = scenes.read(tmp_path / "table.tsv")
+        said = {str(row["index"]): str(row["prediction"]) for row in tsv.read_table(text.encode(), "x.tsv")}
+        *families, every = scenes.lines(items, scenes.right(items, said))
+        assert result.scores["accuracy"] == every.accuracy
+        for line in families:
+            for score in ("accuracy", "pairs", "balanced", "misleads"):
+                found, expected = result.groups[score][line.family], getattr(line, score)
+                assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_other_tables_are_no_scenes(answered_scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "Scenes_YN.tsv").write_text(
+        (answered_scenes / "Scenes_YN.tsv").read_text().replace("misleads", "leads")
+    )
+    status, _, err = run(f"predictions={tmp_path}", f"out={tmp_path / 'out'}")
+    assert status == 2 and "'leads' is not of the Scenes tables" in err
 
 
 # -- asking --------------------------------------------------------------------------------------------------

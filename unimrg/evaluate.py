@@ -74,13 +74,17 @@ def _score_checkpoint(
         file = f"predictions/{benchmark.name}.tsv"
         raw = write_table(answered.rows)
         out.write_bytes(file, raw)
-        protocol = {
-            "questions": "the official file" if answered.asked.md5 == benchmark.md5 else "another file",
-            "pictures": "the first of each question, padded to a square",
-            "max_new_tokens": str(settings.max_new_tokens),
-            "precision": settings.dtype,
-            "checkpoint": settings.checkpoint[:16],
-        } | ({"instruction": settings.instruction} if settings.instruction else {})
+        official = answered.asked.md5 == benchmark.md5
+        protocol = (
+            ({"questions": f"{'the official' if official else 'another'} file"} if benchmark.md5 else {})
+            | {
+                "pictures": "the first of each question, padded to a square",
+                "max_new_tokens": str(settings.max_new_tokens),
+                "precision": settings.dtype,
+                "checkpoint": settings.checkpoint[:16],
+            }
+            | ({"instruction": settings.instruction} if settings.instruction else {})
+        )
         result = _score(config, benchmark, raw, f"{out.url}/{file}", protocol)
         counts = {"questions without a picture, left out": answered.asked.without_picture}
         results.append(replace(result, counts=result.counts | counts))

@@ -39,7 +39,7 @@ def test_geneval_from_prompts_to_a_result(
     stored = Evaluation.read(Store.at(str(out))).results[0]
     assert stored.counts["pictures"] == 6 and stored.counts["prompts without pictures"] == 0
     said = capsys.readouterr().out
-    assert "geneval overall: " in said and "  single_object: " in said
+    assert "GenEval overall: " in said and "  single_object: " in said
     assert main(["score", "geneval", str(out / "results.jsonl")]) == 0
     assert Evaluation.read(Store.at(str(out))).results[0].scores == stored.scores
     assert main(["score", "geneval", str(out)]) == 2
@@ -74,9 +74,9 @@ def test_answers_of_others_are_scored(
     answers.write_bytes((folder / "answers.json").read_bytes())
     command = ["score", "dpg", str(answers), "--questions", str(folder / "dpg_mini.csv")]
     assert main([*command, "--rows", "official", "--layout", "grid"]) == 0
-    assert "dpg_bench overall: 35.59 percent" in capsys.readouterr().out
+    assert "DPG-Bench overall: 35.59 percent" in capsys.readouterr().out
     assert main(command) == 0
-    assert "dpg_bench overall: 40.71 percent" in capsys.readouterr().out
+    assert "DPG-Bench overall: 40.71 percent" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from unimrg.benchmarks.understanding.registry import BENCHMARKS, Benchmark
 from unimrg.benchmarks.understanding.tsv import Row, read_table
 from unimrg.storage import Store
 
-NAMES = [benchmark.name for benchmark in BENCHMARKS]
-CHOICES = [benchmark.name for benchmark in BENCHMARKS if benchmark.is_choice]
-YES_NO = [benchmark.name for benchmark in BENCHMARKS if not benchmark.is_choice]
+OFFICIAL = [benchmark for benchmark in BENCHMARKS if benchmark.md5]
+NAMES = [benchmark.name for benchmark in OFFICIAL]
+CHOICES = [benchmark.name for benchmark in OFFICIAL if benchmark.is_choice]
+YES_NO = [benchmark.name for benchmark in OFFICIAL if not benchmark.is_choice]
 
 # The quirks are no benchmark; they are asked and marked like RealWorldQA.
 QUIRKS = "TSV_quirks"

@@ -62,7 +62,7 @@ def read(path: Path) -> list[Item]:
     csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [_item(row) for row in csv.DictReader(file, delimiter="\t")]
+            return [item_of(row) for row in csv.DictReader(file, delimiter="\t")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} can't be read ({error}); write it with `unimrg.data.scenes tables`"
@@ -71,7 +71,8 @@ def read(path: Path) -> list[Item]:
         raise DataError(f"{path} has no column {error}; write it with `unimrg.data.scenes tables`") from error
 
 
-def _item(row: Mapping[str, str]) -> Item:
+def item_of(row: Mapping[str, str]) -> Item:
+    """A row of a table. Raises DataError where no option is the answer, KeyError where a cell is missing."""
     lettered = {letter: row[letter] for letter in LETTERS if row[letter]}
     options = tuple(lettered.values()) or ("Yes", "No")
     answer = lettered.get(row["answer"], row["answer"])

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from unimrg.benchmarks.dense.drawings import TASKS as DRAWINGS
 from unimrg.benchmarks.evaluation import Evaluation
 from unimrg.benchmarks.published import CONFIDENCE, Published, published
 from unimrg.benchmarks.result import BenchmarkResult
 from unimrg.benchmarks.understanding.registry import BENCHMARKS
+from unimrg.report.beside import beside_chance
 from unimrg.report.markup import (
     DASH,
     MINUS,
@@ -62,23 +64,43 @@ PAPER = (
     Column("RealWorldQA", "overall", "RealWorldQA", "accuracy"),
     Column("VSR-zeroshot", "acc", "VSR", "accuracy"),
     Column("five_benchmarks", "average", "Five", "mean"),
+    Column("GenEval", "overall", "GenEval", "overall"),
+    Column("DPG-Bench", "overall", "DPG-Bench", "overall"),
 )
-"""What the paper's table shows, and what its scores may be taken for. Others are shown by their headline."""
+"""What the paper's tables show, and what its scores may be taken for."""
+
+SCENES = tuple(
+    Column(name, score, name, metric)
+    for name in ("Scenes_YN", "Scenes_MCQ")
+    for score, metric in (
+        ("accuracy", "accuracy"),
+        ("chance", "chance"),
+        ("pairs", "pairs"),
+        ("misleads", "cue misleads"),
+    )
+)
+"""Ours. All others are shown by their headline."""
+
+SIZES = ("rows", "prompts", "items", "pictures")
+"""Counts of what a result was scored on, the first that it has."""
+
+OFFICIAL = {benchmark.name: benchmark.rows for benchmark in BENCHMARKS} | {"GenEval": 553, "DPG-Bench": 1065}
+"""How many of them the official files have, where that is known."""
 
 
 def results_page(evaluations: Sequence[Evaluation]) -> str:
     """The page: the paper's benchmarks in one table, others in a second, as far as any model has them."""
-    rows = sum(result.counts.get("rows", 0) for evaluation in evaluations for result in evaluation.results)
     header = el(
         "header",
         el("p", "unimrg evaluation", class_="eyebrow"),
         el("h1", "Benchmarks"),
-        el("p", f"{plural(len(evaluations), 'model')}, {plural(rows, 'answer')} scored without a judge."),
+        el("p", _amounts(evaluations)),
     )
     paper, others = _columns(evaluations)
     parts: list[Child] = [
         _scores("Results", evaluations, paper) if paper else None,
         _scores("More benchmarks" if paper else "Results", evaluations, others) if others else None,
+        beside_chance(evaluations),
         _protocol(evaluations),
         _groups(evaluations),
         _sources([*paper, *others]),
@@ -87,13 +109,23 @@ def results_page(evaluations: Sequence[Evaluation]) -> str:
     return document("Benchmarks \u00b7 unimrg", STYLE + MORE_STYLE, header, el("main", parts), footer)
 
 
+def _amounts(evaluations: Sequence[Evaluation]) -> str:
+    """How much was scored, in words."""
+    results = [result for evaluation in evaluations for result in evaluation.results]
+    words = [plural(len(evaluations), "model")]
+    for name, noun in (("rows", "answer"), ("pictures", "drawing")):
+        total = sum(result.counts.get(name, 0) for result in results)
+        words += [plural(total, noun)] if total else []
+    return f"{', '.join(words)}."
+
+
 def _columns(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[Column]]:
-    """Those of the paper's table that there is a result for, and the headlines of all other results."""
+    """Those of the paper's tables that there is a result for, and those of other results but drawings."""
     there = {result.benchmark: result for evaluation in evaluations for result in evaluation.results}
-    paper = [column for column in PAPER if column.benchmark in there]
-    named = {column.benchmark for column in paper}
+    paper, ours = ([c for c in known if c.benchmark in there] for known in (PAPER, SCENES))
+    named = {column.benchmark for column in (*paper, *ours)} | set(DRAWINGS)
     others = [Column(name, r.headline, name, r.headline) for name, r in there.items() if name not in named]
-    return paper, others
+    return paper, ours + others
 
 
 def _scores(title: str, evaluations: Sequence[Evaluation], columns: Sequence[Column]) -> Html:
@@ -126,7 +158,7 @@ def _note(ours: Sequence[Sequence[Child]], theirs: Sequence[Sequence[Child]]) ->
     shown = str([row[1:] for row in (*ours, *theirs)])
     notes = {
         "<b>": "The best of several is bold.",
-        "*": "* Not the official number of rows, so not comparable with published scores.",
+        "*": "* Not the official number of questions, so not comparable with published scores.",
         "(?)": "(?) Which of its scores it is isn\u2019t stated.",
         "+": "+ Only the gain over the base is known.",
     }
@@ -156,10 +188,10 @@ def _find(evaluation: Evaluation, benchmark: str) -> BenchmarkResult | None:
 
 
 def _best(evaluations: Sequence[Evaluation], column: Column) -> float:
-    """The highest of several; infinity where there is nothing to compare."""
+    """The highest of several; infinity where there is nothing to choose."""
     results = [_find(evaluation, column.benchmark) for evaluation in evaluations]
     values = [r.scores[column.score] for r in results if r and column.score in r.scores]
-    return max(values) if len(values) > 1 else math.inf
+    return max(values) if len(set(values)) > 1 else math.inf
 
 
 def _ours(evaluation: Evaluation, column: Column, best: float) -> Child:
@@ -171,14 +203,15 @@ def _ours(evaluation: Evaluation, column: Column, best: float) -> Child:
     return el("b", text) if value == best else text
 
 
-def _official(result: BenchmarkResult) -> int | None:
-    """Rows of the official file, where they are known."""
-    return {benchmark.name: benchmark.rows for benchmark in BENCHMARKS}.get(result.benchmark)
+def _size(result: BenchmarkResult) -> tuple[str, int] | None:
+    """What a result was scored on, and how many of them."""
+    return next(((name, result.counts[name]) for name in SIZES if name in result.counts), None)
 
 
 def _whole(result: BenchmarkResult) -> bool:
-    """Whether as many rows were scored as the official file has, as far as is known."""
-    return _official(result) in (None, result.counts.get("rows"))
+    """Whether as much was scored as the official file has, as far as is known."""
+    size = _size(result)
+    return size is None or OFFICIAL.get(result.benchmark) in (None, size[1])
 
 
 def _value(result: BenchmarkResult, value: float, score: str) -> str:
@@ -223,20 +256,23 @@ def _protocol_of(evaluation: Evaluation) -> list[Child]:
     rows: list[list[Child]] = []
     for result in scored:
         rest = {name: value for name, value in result.protocol.items() if name not in shared}
-        counts = {name: count(n) for name, n in result.counts.items() if n and name != "rows"}
-        rows.append([result.benchmark, _rows_of(result), _listed(counts) or DASH, _listed(rest) or DASH])
-    names = ["benchmark", "rows", "counted", "differs"]
+        size = _size(result)
+        counts = {name: count(n) for name, n in result.counts.items() if n and (name, n) != size}
+        rows.append([result.benchmark, _amount(result), _listed(counts) or DASH, _listed(rest) or DASH])
+    names = ["benchmark", "scored on", "counted", "differs"]
     if all(row[-1] == DASH for row in rows):
         names, rows = names[:-1], [row[:-1] for row in rows]
     return [el("h3", evaluation.name), el("p", _listed(shared), class_="note"), table(names, rows)]
 
 
-def _rows_of(result: BenchmarkResult) -> str:
-    rows = result.counts.get("rows")
-    official = _official(result)
-    if rows is None:
+def _amount(result: BenchmarkResult) -> str:
+    size = _size(result)
+    if size is None:
         return DASH
-    return count(rows) if official in (None, rows) else f"{count(rows)} of {count(official)}"
+    name, amount = size
+    official = OFFICIAL.get(result.benchmark)
+    noun = name.removesuffix("s") if amount == 1 and official in (None, amount) else name
+    return f"{count(amount)}{'' if official in (None, amount) else f' of {count(official or 0)}'} {noun}"
 
 
 def _listed(values: Mapping[str, object]) -> str:
@@ -246,23 +282,31 @@ def _listed(values: Mapping[str, object]) -> str:
 def _groups(evaluations: Sequence[Evaluation]) -> Html | None:
     """Every score by category, a benchmark in a fold."""
     there = {
-        result.benchmark: None for evaluation in evaluations for result in evaluation.results if result.groups
+        result.benchmark: None
+        for evaluation in evaluations
+        for result in evaluation.results
+        if result.groups and result.benchmark not in DRAWINGS
     }
     folds = [folded(benchmark, _groups_of(evaluations, benchmark)) for benchmark in there]
     return section("By category", folds, id_="categories") if folds else None
 
 
 def _groups_of(evaluations: Sequence[Evaluation], benchmark: str) -> list[Child]:
+    """One table with a column a score, or with several models a table a score."""
     found = [(evaluation.name, _find(evaluation, benchmark)) for evaluation in evaluations]
     results = [(name, result) for name, result in found if result is not None]
-    names = ["", *(name for name, _ in results)]
+    scores = list({score: None for _, result in results for score in result.groups})
+    parts = list({part: None for _, r in results for score in scores for part in r.groups.get(score, {})})
+    if len(results) == 1:
+        ((_, result),) = results
+        rows: list[list[Child]] = [[p, *(_part(result, score, p) for score in scores)] for p in parts]
+        return [table(["", *(score.replace("_", " ") for score in scores)], rows, class_="numbers")]
     tables: list[Child] = []
-    for score in {score: None for _, result in results for score in result.groups}:
-        parts = {part: None for _, result in results for part in result.groups.get(score, {})}
-        rows: list[list[Child]] = [
-            [part, *(_part(result, score, part) for _, result in results)] for part in parts
-        ]
-        tables += [el("h3", score), table(names, rows, class_="numbers")]
+    for score in scores:
+        mine = [part for part in parts if any(part in r.groups.get(score, {}) for _, r in results)]
+        rows = [[part, *(_part(result, score, part) for _, result in results)] for part in mine]
+        names = ["", *(name for name, _ in results)]
+        tables += [el("h3", score.replace("_", " ")), table(names, rows, class_="numbers")]
     return tables
 
 

@@ -25,6 +25,9 @@ from unimrg.benchmarks.dense.regions import region_scores, regions_between
 from unimrg.benchmarks.result import BenchmarkResult
 from unimrg.errors import DataError
 
+TASKS = ("redraw", "depth", "segmentation")
+"""Names of the results."""
+
 GREY = 127
 PAIRS = 2000
 FINE, COARSE, FINE_FROM = 0.0075, 0.03, 256

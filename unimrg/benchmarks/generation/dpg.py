@@ -159,7 +159,7 @@ def score(
         "detailed": _shares((question.category, yes) for question, yes in said),
     }
     return BenchmarkResult(
-        "dpg_bench",
+        "DPG-Bench",
         {"overall": 100 * fmean(means)} | {name: fmean(parts.values()) for name, parts in groups.items()},
         "overall",
         dict.fromkeys(("overall", *groups), "percent"),

@@ -252,7 +252,7 @@ def score(
     for row in rows:
         any_right[row.metadata] = any_right.get(row.metadata, False) or row.correct
     return BenchmarkResult(
-        "geneval",
+        "GenEval",
         {
             "overall": sum(shares.values()) / len(shares),
             "pictures": 100 * sum(row.correct for row in rows) / len(rows),

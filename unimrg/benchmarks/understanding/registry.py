@@ -19,6 +19,8 @@ from unimrg.benchmarks.understanding.marks import (
 )
 from unimrg.benchmarks.understanding.prompts import Message
 from unimrg.benchmarks.understanding.questions import Question, indices_of
+from unimrg.benchmarks.understanding.scenes import COLUMNS as SCENES_COLUMNS
+from unimrg.benchmarks.understanding.scenes import scenes
 from unimrg.benchmarks.understanding.tsv import Row, require_columns
 from unimrg.config import suggest
 from unimrg.errors import ConfigError, DataError
@@ -27,15 +29,16 @@ SHORT, MEDIUM, LONG = 32, 64, 128
 """Tokens of an answer: a word, a letter and its option, a number with its way."""
 
 _SITE = "https://opencompass.openxlab.space/utils/VLMEval/"
+_OURS = "`python -m unimrg.data.scenes tables FOLDER`"
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One set of questions.
 
-    rows, md5: of the official file, for saying whether a file is that one. files: names it is known by,
-    without `.tsv`. source: where a user gets it. columns: that scoring needs beside index, question,
-    answer and prediction. max_new_tokens: of an answer, by default.
+    rows, md5: of the official file, for saying whether a file is that one; "" where there is none. files:
+    names it is known by, without `.tsv`. source: where a user gets it. columns: that scoring needs beside
+    index, question, answer and prediction. max_new_tokens: of an answer, by default.
     """
 
     name: str
@@ -165,6 +168,27 @@ BENCHMARKS = (
         source=f"{_SITE}MMMU_DEV_VAL.tsv",
         columns=("split",),
         max_new_tokens=LONG,
+    ),
+    Benchmark(
+        "Scenes_YN",
+        None,
+        "",
+        prompts.plain,
+        mark_yes_or_no,
+        scenes,
+        source=_OURS,
+        columns=SCENES_COLUMNS,
+        max_new_tokens=SHORT,
+    ),
+    Benchmark(
+        "Scenes_MCQ",
+        None,
+        "",
+        prompts.choice,
+        mark_options,
+        scenes,
+        source=_OURS,
+        columns=SCENES_COLUMNS,
     ),
 )
 
