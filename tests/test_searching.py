@@ -162,6 +162,8 @@ def test_what_a_search_leaves(undisturbed: Path, words: list[str]) -> None:
     changes = next(row["changes"] for row in rows if row["id"] == "tpe-001")
     assert {key: stored["weights"][key.split(".")[1]] for key in changes} == changes
     assert "</html>" in (undisturbed / "search.html").read_text()
+    (said,) = (path.read_text() for path in undisturbed.parents[1].glob("log-*"))
+    assert "ray.kill" not in said and "worker processes have been started" not in said
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
