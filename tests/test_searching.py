@@ -32,7 +32,7 @@ from unimrg.storage import S3Config, Store
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 420.0
+LIMIT = 900.0
 TIMES = ("seconds", "samples_per_second")
 MEMORY = 128 << 20
 
