@@ -78,6 +78,18 @@ class Model:
     pool: PoolConfig
 
 
+def load_model(model: Model) -> tuple[Any, Any, int]:
+    """What an actor works with: model, processor and side of a picture, on its GPU where it has one."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // model.pool.max_actors))
+    folder = fetch("checkpoint", model.checkpoint, model.s3)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return load_trained(folder, device, getattr(torch, model.pool.dtype))
+
+
 def answer_all(config: EvaluateConfig, wanted: Sequence[Benchmark]) -> list[Answered]:
     """Ask what isn't stored yet below `config.out`; all answers of the benchmarks wanted, in their order.
 
@@ -160,10 +172,10 @@ def _answering(jobs: Sequence[Job], lacking: Sequence[tuple[int, int]], model: M
     arguments = (places, desk.remote([(job.settings, job.file) for job in jobs]), model)
     items = [{"job": number, "part": part} for number, part in lacking]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    return add_actors(dataset, Ask, arguments, _no_idle(model.pool, len(items)), unit=1, trainers=0)
+    return add_actors(dataset, Ask, arguments, no_idle(model.pool, len(items)), unit=1, trainers=0)
 
 
-def _no_idle(pool: PoolConfig, parts: int) -> PoolConfig:
+def no_idle(pool: PoolConfig, parts: int) -> PoolConfig:
     """No more actors than parts; 0 stays what the cluster has room for."""
     return replace(pool, min_actors=min(pool.min_actors, parts), max_actors=min(pool.max_actors, parts))
 
@@ -195,14 +207,7 @@ class Ask:
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any, int]:
         """Model, processor and side of a picture. Loaded late: Ray hides what goes wrong in a constructor."""
-        import torch
-
-        pool = self.model.pool
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // pool.max_actors))
-        folder = fetch("checkpoint", self.model.checkpoint, self.model.s3)
-        return load_trained(folder, torch.device("cuda" if on_gpu else "cpu"), getattr(torch, pool.dtype))
+        return load_model(self.model)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         ((number, part),) = ((item["job"], item["part"]) for item in table.to_pylist())

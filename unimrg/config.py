@@ -723,8 +723,16 @@ class EvaluateConfig:
         default_factory=list,
         metadata={"help": "names, like [MMVP,VSR-zeroshot]; empty = all whose files are there"},
     )
-    checkpoint: str = knob("", "folder of a model (model/ of a run), local or s3://; it answers `data`")
+    checkpoint: str = knob(
+        "", "folder of a model (model/ of a run), local or s3://; it answers `data`, draws `drawings`"
+    )
     data: str = knob("", "folder or URL of the benchmarks' files, NAME.tsv as VLMEvalKit has them")
+    drawings: str = knob(
+        "",
+        "data set whose pictures a checkpoint draws again, with depth and boundaries; none of its training",
+    )
+    pictures: int = knob(64, "of `drawings`: its first ones")
+    draw_iterations: int = knob(0, "decoding steps of a drawing; 0 = the family's own")
     predictions: str = knob(
         "", "instead of a checkpoint: answers to score, a file or folder of NAME.tsv, .json or .xlsx"
     )
@@ -748,6 +756,7 @@ class EvaluateConfig:
         False, "read tables as they stand; else like the official tool, where options such as None vanish"
     )
     part_rows: int = knob(64, "questions stored together: what a crash may cost each actor")
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
     pool: PoolConfig = field(default_factory=lambda: PoolConfig(batch_size=32))
     s3: S3Options = field(default_factory=S3Options)
 
@@ -760,15 +769,20 @@ class EvaluateConfig:
                 f"checkpoint, predictions, page: {' and '.join(given) or 'none'} given; name a model to ask, "
                 "answers to score, or folders of results to show"
             )
-        if self.checkpoint and not self.data:
+        if self.checkpoint and not (self.data or self.drawings):
             raise ConfigError(
-                "data is empty; give the folder with the benchmarks' files, like data=benchmarks"
+                "data is empty; give the folder with the benchmarks' files, like data=benchmarks, or drawings"
             )
+        if self.drawings and not self.checkpoint:
+            raise ConfigError("drawings needs a model that draws; give checkpoint=outputs/latest/model")
         if not self.out:
             raise ConfigError("out is empty; give the folder for results, like out=outputs/evaluation")
         require_choice("matcher", self.matcher, self.MATCHERS)
         require("max_new_tokens", self.max_new_tokens, 0)
         require("part_rows", self.part_rows, 1)
+        require("pictures", self.pictures, 2)
+        require("draw_iterations", self.draw_iterations, 0)
+        self.teachers.check()
         self.pool.check("pool")
 
 

@@ -1,10 +1,11 @@
 """Score a checkpoint on benchmarks, or answers that are there already; put results side by side.
 
     python -m unimrg.evaluate benchmarks=[MMVP,VSR-zeroshot] data=benchmarks checkpoint=outputs/latest/model
+    python -m unimrg.evaluate drawings=outputs/scenes/test.json checkpoint=outputs/latest/model
     python -m unimrg.evaluate predictions=answers
     python -m unimrg.evaluate page=[outputs/base,outputs/trained] out=outputs/both
 
-Greedy answers are stored in parts as they come, so an interrupted evaluation asks only what is missing.
+Answers and drawings are stored in parts as they come, so an interrupted evaluation goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ from unimrg.config import EvaluateConfig
 from unimrg.report.results import results_page
 from unimrg.storage import Store
 
-DESCRIPTION = """Score a checkpoint on understanding benchmarks in VLMEvalKit's files, or score answers that
-are there already, by the official rules without a judge. Writes answers, evaluation.json and results.html
-into `out`; `page` puts several such folders side by side. Interrupted, it goes on where it stopped."""
+DESCRIPTION = """Score a checkpoint on understanding benchmarks in VLMEvalKit's files, and on its drawings of
+held-out pictures; or score answers that are there already. Answers are read by the official rules without a
+judge. Writes answers, drawings, evaluation.json and results.html into `out`; `page` puts several such folders
+side by side. Interrupted, it goes on where it stopped."""
 EXAMPLES = (
     "python -m unimrg.evaluate benchmarks=[MMVP,VSR-zeroshot] data=s3://bucket/benchmarks \\\n"
     "      checkpoint=outputs/latest/model out=outputs/trained",
+    "python -m unimrg.evaluate drawings=outputs/scenes/test.json checkpoint=outputs/latest/model",
     "python -m unimrg.evaluate predictions=Harmon_MMVP.xlsx",
     "python -m unimrg.evaluate page=[outputs/base,outputs/trained] out=outputs/both",
 )
-PAGE = "results.html"
+PAGE, SHEET = "results.html", "drawings.png"
 
 
 def main(config: EvaluateConfig) -> None:
@@ -50,8 +53,11 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate(config: EvaluateConfig, wanted: Sequence[Benchmark], out: Store) -> Evaluation:
     """All results, stored and printed."""
-    score_all = _score_checkpoint if config.checkpoint else _score_answers
-    results = score_all(config, wanted, out)
+    results = [] if config.checkpoint else _score_answers(config, wanted, out)
+    if config.data and config.checkpoint:
+        results += _score_checkpoint(config, wanted, out)
+    if config.drawings:
+        results += _score_drawings(config, out)
     summaries = [summary for summary in (five_benchmarks(results), cv_bench(results)) if summary is not None]
     source = config.checkpoint or config.predictions
     evaluation = Evaluation(config.name or source, source, (*results, *summaries))
@@ -89,6 +95,28 @@ def _score_checkpoint(
         counts = {"questions without a picture, left out": answered.asked.without_picture}
         results.append(replace(result, counts=result.counts | counts))
     return results
+
+
+def _score_drawings(config: EvaluateConfig, out: Store) -> list[BenchmarkResult]:
+    """Also writes a sheet of the first pictures."""
+    from cluster.drawings import draw_all
+    from unimrg.benchmarks.dense.drawing import score as score_drawn
+    from unimrg.benchmarks.dense.drawing import sheet
+
+    done = draw_all(config)
+    out.write_bytes(SHEET, sheet(done.subjects, done.drawings))
+    print(f"{out.url}/{SHEET}")
+    teachers = config.teachers
+    protocol = {
+        "pictures": "the first of the data set, padded to a square",
+        "targets": f"depth by {teachers.depth.name}, boundaries by {teachers.segmentation.name}",
+        "steps": str(done.settings.iterations or "the family's own"),
+        "precision": done.settings.dtype,
+        "drawn together": str(done.settings.batch),
+        "checkpoint": done.settings.checkpoint[:16],
+    }
+    results = score_drawn(done.subjects, done.drawings, protocol)
+    return [replace(result, counts=result.counts | done.skipped) for result in results]
 
 
 def _score_answers(config: EvaluateConfig, wanted: Sequence[Benchmark], out: Store) -> list[BenchmarkResult]:

@@ -42,6 +42,12 @@ def load_trained(folder: Path, device: torch.device, dtype: torch.dtype) -> tupl
     return model, family.processor(model, tokenizer, TrainConfig(), tuple(Task), 0), family.image_size(config)
 
 
+def side_of(folder: Path) -> int:
+    """Side in pixels of the pictures of a folder of `save_pretrained`. Raises CheckpointError."""
+    name = family_of(folder)
+    return int(load_family(name).image_size(FamilyConfig(name=name, weights=str(folder))))
+
+
 def family_of(folder: Path) -> str:
     """The family of a folder of `save_pretrained`, by its config.json.
 

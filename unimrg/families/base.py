@@ -214,6 +214,10 @@ class Family(PreTrainedModel):
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """uint8 [B, S, S, 3] to what the frozen autoencoder or tokenizer makes of them, [B, ...]."""
 
+    @abstractmethod
+    def decode_pictures(self, codes: torch.Tensor) -> torch.Tensor:
+        """What `encode_pictures` gives, back to uint8 [B, S, S, 3]: as well as any drawing can become."""
+
     def frozen_codes(self, pictures: torch.Tensor) -> torch.Tensor:
         """All that the frozen encoder is ever asked about pictures, [B, ...]: what `Sample.codes` holds."""
         return self.encode_pictures(pictures)

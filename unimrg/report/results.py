@@ -237,12 +237,13 @@ def _said(entry: Published, column: Column) -> str:
 
 def _protocol(evaluations: Sequence[Evaluation]) -> Html:
     """How every number came about, and what was out of the ordinary."""
+    asked = any("rows" in result.counts for evaluation in evaluations for result in evaluation.results)
     note = (
         "An answer in which nothing could be found counts as wrong, and so does a question that "
         "couldn\u2019t be asked because its picture is damaged."
     )
     parts = [_protocol_of(evaluation) for evaluation in evaluations]
-    return section("Protocol", parts, note=note, id_="protocol")
+    return section("Protocol", parts, note=note if asked else None, id_="protocol")
 
 
 def _protocol_of(evaluation: Evaluation) -> list[Child]:
