@@ -171,7 +171,9 @@ def test_every_query_about_a_search_answers(
         outlet: Any = Direct(exporter)
         outlet.enter("s", "searching")
         outlet.enter("s/tpe-001", "training")
-        campaign = Campaign(compose("search", ["name=s"], SearchConfig), lag=1)
+        campaign = Campaign(
+            compose("search", ["name=s", "search.objectives=[accuracy]"], SearchConfig), lag=1
+        )
         job = campaign.next()
         assert job is not None
         campaign.tell(

@@ -52,31 +52,40 @@ def run(config: SearchConfig, usual: RunConfig) -> int:
     try:
         search(config, usual)
     except _Told:
-        again = f"name={config.name}" + (" search.resume=true" if run_store(config).exists(BEGUN) else "")
-        print(f"stopped as told; run again with {again} to go on", flush=True)
+        print(f"stopped as told; run again with {_again(config)} to go on", flush=True)
         return PAUSED
     return 0
 
 
 class _Told(BaseException):
-    """SIGTERM has come. No Exception, as KeyboardInterrupt is none, so that nobody on the way catches it."""
+    """SIGTERM has come, and all trials are ended. No Exception, since nothing has failed."""
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Raises _Told where the main thread is when the signal comes; trials end with the driver.
+class _Ending(ray.tune.Stopper):
+    """Ends all trials when SIGTERM has come; an exception from its handler might come out of Ray's code."""
 
-    Within a Ray session: it begins with a handler of its own.
-    """
+    told = False  # of the class, since Ray Tune may copy the object
 
-    def end(number: int, frame: Any) -> None:
-        raise _Told
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def stop_all(self) -> bool:
+        return _Ending.told
+
+    @staticmethod
+    @contextlib.contextmanager
+    def listening() -> Iterator[None]:
+        """Within a Ray session, which begins with a handler of its own."""
+
+        def end(number: int, frame: Any) -> None:
+            _Ending.told = True
+
+        _Ending.told = False
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def search(config: SearchConfig, usual: RunConfig) -> None:
@@ -99,7 +108,6 @@ def search(config: SearchConfig, usual: RunConfig) -> None:
     with (
         ray_session(ON_CPUS * LAPTOP_CPUS) as logs,
         exporting(config.metrics, config.name, "labelling") as outlet,
-        _ended_by_sigterm(),
     ):
         gpus = gpus_of_cluster()
         lag = before["lag"] if before else _at_once(config, gpus)
@@ -258,6 +266,8 @@ class _Proposer(Searcher):
         if job is None:
             return
         trial = self.records.read_one(job.id)
+        if trial is None and _Ending.told:
+            return
         if trial is None:
             trial = Trial(
                 job.id, job.strategy, job.phase, job.number, job.seed, job.changes, "failed", 0, 0.0,
@@ -299,13 +309,21 @@ def _run(
                 storage_path=folder,
                 verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=config.search.max_failures),
+                stop=_Ending(),
             ),
         )
-        tuner.fit()
+        with _Ending.listening():
+            tuner.fit()
     if proposer.failure:
         raise proposer.failure
+    if _Ending.told and not campaign.done:
+        raise _Told
     if not campaign.done:
-        raise UnimrgError(f"interrupted; run again with name={config.name} search.resume=true to go on")
+        raise UnimrgError(f"interrupted; run again with {_again(config)} to go on")
+
+
+def _again(config: SearchConfig) -> str:
+    return f"name={config.name} search.resume=true"
 
 
 def _clean_up(config: SearchConfig, campaign: Campaign) -> None:
