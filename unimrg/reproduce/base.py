@@ -58,7 +58,7 @@ class BaseConfig:
     pictures: int = 4000
     naming_steps: int = 400
     question_steps: int = 700
-    drawing_steps: int = 250
+    drawing_steps: int = 1200
     naming_batch: int = 32
     batch: int = 16
     questions: int = 12
