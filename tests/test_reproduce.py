@@ -485,14 +485,17 @@ def test_the_base_sees_what_shortcuts_don_t_tell() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grey", "shuffled"])
 def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
-    """One order of each comparison: a model that doesn't see the picture is right about both or neither."""
+    """One question a family and picture: what one wrong picture says of several isn't independent.
+
+    And a model that doesn't see the picture is right about both orders of a comparison or about neither.
+    """
     data, (model, tokenizer) = fresh_pictures(), base()
     own = [example.codes["image"] for example in data]
     instead = [model.grey_codes()] * len(own) if kind == "grey" else own[1:] + own[:1]
     items, marks = score(model, tokenizer, "harmon", data, looked_at=instead)
     luck, kept = np.random.default_rng(0), {}
     for found, mark in zip(items, marks, strict=True):
-        kept.setdefault(found.pair, []).append((found, mark))
+        kept.setdefault((found.family, found.scenes), []).append((found, mark))
     picked = [some[luck.integers(len(some))] for some in kept.values()]
     answers = [found.answer if mark else "" for found, mark in picked]
     assert gate([found for found, _ in picked], answers) == []
