@@ -459,7 +459,6 @@ def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.C
 # The base that comes with the package
 
 BASE = runs.SHIPPED / "harmon"
-shipped = pytest.mark.skipif(not (BASE / "config.json").is_file(), reason="no base lies in the package")
 
 
 @cache
@@ -473,7 +472,6 @@ def fresh_pictures() -> tuple[Example, ...]:
     return tuple(examples(encoder, 150, 99, "test"))
 
 
-@shipped
 @pytest.mark.slow
 def test_the_base_sees_what_shortcuts_don_t_tell() -> None:
     found = {line.family: line for line in lines(*score(*base(), "harmon", fresh_pictures()))}
@@ -481,7 +479,6 @@ def test_the_base_sees_what_shortcuts_don_t_tell() -> None:
     assert len(seen) >= 3, {name: (line.accuracy, line.best_reference) for name, line in found.items()}
 
 
-@shipped
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grey", "shuffled"])
 def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
@@ -501,7 +498,6 @@ def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
     assert gate([found for found, _ in picked], answers) == []
 
 
-@shipped
 @pytest.mark.slow
 def test_understanding_alone_improves_the_base(tmp_path: Path) -> None:
     """Of the drawings nothing is asserted: what they do is what the reproduction asks."""
