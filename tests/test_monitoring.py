@@ -24,6 +24,7 @@ from cluster.monitoring.server import (
     prometheus_settings,
     write_settings,
 )
+from tests.k8s.render import kubectl
 from tests.prometheus import needs_prometheus, needs_promtool, promtool
 from tests.s3 import free_port
 from tests.test_architecture import ROOT
@@ -225,10 +226,9 @@ def test_manifests_say_the_same_ports_and_jobs() -> None:
     assert rule["kind"] == "PrometheusRule" and rule["spec"]["groups"] == GROUPS
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl")
 def test_kustomize_builds() -> None:
     done = subprocess.run(
-        ["kubectl", "kustomize", str(MONITORING)], capture_output=True, text=True, check=False
+        [kubectl(), "kustomize", str(MONITORING)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found = list(yaml.safe_load_all(done.stdout))
