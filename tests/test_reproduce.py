@@ -458,7 +458,7 @@ def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.C
 
 # The base that comes with the package
 
-BASE = runs.SHIPPED / "harmon"
+BASE = runs.base_folder(ReproduceConfig())
 
 
 @cache

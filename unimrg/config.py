@@ -104,13 +104,17 @@ class LoraConfig:
 
 @dataclass
 class FamilyConfig:
-    """Which model, from which weights: each a local path, an s3:// URL, or a place on the hub (org/name)."""
+    """Which model, from which weights: each a local path, an s3:// URL, or a place on the hub (org/name).
+
+    The weights may also be those of the small model that comes with the package (shipped:harmon).
+    """
 
     name: str = knob("harmon", "model family")
     variant: str = knob("tiny", "size: tiny (CPU, seconds per step), or a published one like harmon_1_5b")
     weights: str = knob(
         "",
-        "folder of save_pretrained, or published weights (.safetensors, .pth, sharded, ZeRO); empty = fresh",
+        "folder of save_pretrained, published weights (.safetensors, .pth, sharded, ZeRO), or the package's "
+        "own small model (shipped:harmon); empty = fresh",
     )
     language_weights: str = knob(
         "", "published language model that a family starts from (openuni: InternVL3)"

@@ -3,8 +3,9 @@
     with localized(config.family, s3) as family:         # hub ids and URLs become local paths
         model, tokenizer = load_family(family.name).build(family, seed)
 
-A knob of `FamilyConfig` names a local file or folder, a URL (`s3://`, `gs://`) or a place on the Hugging Face
-hub: `org/name`, or `hf://org/name[/file or folder][@revision]`. What is fetched is kept, once per machine and
+A knob of `FamilyConfig` names a local file or folder, a URL (`s3://`, `gs://`), a place on the Hugging Face
+hub: `org/name`, or `hf://org/name[/file or folder][@revision]`, or, as `shipped:harmon`, the small model that
+comes with the package. What is fetched is kept, once per machine and
 whatever the number of processes: the hub's files in its own cache, those of object storage in
 `$UNIMRG_CACHE` (`~/.cache/unimrg`), which may be deleted whenever nothing runs.
 """
@@ -46,6 +47,8 @@ SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 WEIGHTS = (SAFETENSORS, *PICKLES)
 HUB_SECONDS = 10.0  # for one answer about a repository
+
+SHIPPED = "shipped:"  # begins the place of a model that comes with the package; the family's name follows
 
 OURS = "_unimrg"  # ends `model_type` of the folders that we save
 
@@ -141,7 +144,7 @@ def _places(config: FamilyConfig) -> list[tuple[str, str]]:
 
 def absolute(text: str, s3: S3Config) -> str:
     """A place as other processes, in folders of their own, understand it."""
-    return text if HubPlace.parse(text) else _store(text, s3).url
+    return text if text.startswith(SHIPPED) or HubPlace.parse(text) else _store(text, s3).url
 
 
 def fetch(key: str, text: str, s3: S3Config, only_descriptions: bool = False) -> Path:
@@ -161,7 +164,16 @@ def _store(text: str, s3: S3Config) -> Store:
     # Not at the top: models of local files are built where pyarrow is missing, too.
     from unimrg.storage import Store
 
-    return Store.at(text, s3)
+    return Store.at(str(_shipped(text)) if text.startswith(SHIPPED) else text, s3)
+
+
+def _shipped(text: str) -> Path:
+    families = Path(__file__).parent / "families"
+    known = {path.parent.parent.name: path for path in families.glob("*/assets/base")}
+    if (found := known.get(text.removeprefix(SHIPPED))) is None:
+        places = ", ".join(f"{SHIPPED}{name}" for name in sorted(known))
+        raise ConfigError(f"{text!r} doesn't come with the package; there is {places}")
+    return found
 
 
 def _check_local(key: str, text: str, store: Store) -> None:

@@ -52,15 +52,15 @@ class ReproduceConfig:
     arms: list[str] = field(
         default_factory=lambda: list(ARMS), metadata={"help": "to compare: " + ", ".join(ARMS)}
     )
-    pictures: int = knob(1000, "with questions, that arms train on; few = scarce questions")
+    pictures: int = knob(4000, "with questions, that arms train on; few = scarce questions")
     extra_pictures: int = knob(
         0, "without questions, and then only these are drawn; 0 = those with questions"
     )
     test: int = knob(350, "held-out pictures, about 19 questions each")
-    steps: int = knob(250, "optimiser steps of an arm")
+    steps: int = knob(300, "optimiser steps of an arm")
     batch_size: int = knob(16, "pictures per step")
     questions: int = knob(10, "per picture and step")
-    learning_rate: float = knob(7e-4, "peak, after the warm-up")
+    learning_rate: float = knob(3e-4, "peak, after the warm-up")
     pixel: float = knob(0.1, "weight of redrawing, understanding being 1")
     depth: float = knob(0.1, "weight of depth")
     segmentation: float = knob(0.1, "weight of boundaries")

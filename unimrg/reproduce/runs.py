@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from unimrg.errors import ConfigError
+from unimrg.errors import CheckpointError, ConfigError
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.trial import SETS, data, run
+from unimrg.storage import S3Config
+from unimrg.weights import SHIPPED, fetch
 
-SHIPPED = Path(__file__).parent / "assets"
 BOOKKEEPING = ("name", "storage_path", "seeds", "arms", "workers", "device")
 """Knobs that may differ between a run and the one it goes on from."""
 
@@ -35,13 +36,12 @@ class Trial:
 
 def base_folder(config: ReproduceConfig) -> Path:
     """Where the base lies. Raises ConfigError where there is none."""
-    base = Path(config.base) if config.base else SHIPPED / config.family
-    if not (base / "config.json").is_file():
+    try:
+        return fetch("base", config.base or f"{SHIPPED}{config.family}", S3Config())
+    except (CheckpointError, ConfigError) as error:
         raise ConfigError(
-            f"base: there is no model in {base}; make one with `python -m unimrg.reproduce.base FOLDER` "
-            "and give base=FOLDER"
-        )
-    return base
+            f"base: {error}; or make one with `python -m unimrg.reproduce.base FOLDER` and give base=FOLDER"
+        ) from error
 
 
 def results(config: ReproduceConfig, tell: Callable[[str], None] = print) -> list[Result]:
