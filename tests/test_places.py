@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.hub import REVISIONS, Hub, run_hub
 from tests.s3 import S3Server, free_port
 from unimrg.config import FamilyConfig
 from unimrg.errors import CheckpointError, ConfigError, StorageError
+from unimrg.families import load_family
 from unimrg.storage import S3Config, Store
 from unimrg.weights import PLACES, HubPlace, absolute, check_reachable, localized
 
@@ -95,6 +97,23 @@ def test_a_path_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert HubPlace.parse("org/name") is None and HubPlace.parse("hf://org/name")
     assert absolute("org/name", NO_S3) == str(tmp_path / "org" / "name")
     assert fetched("org/name") == tmp_path / "org" / "name"
+
+
+def test_the_model_of_the_package_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = FamilyConfig(weights="shipped:harmon")
+    assert absolute(config.weights, NO_S3) == config.weights  # each node has a package of its own
+    check_reachable(config, NO_S3)
+    with localized(config, NO_S3) as local:
+        model, tokenizer = load_family("harmon").build(local, 0)
+    assert sum(p.numel() for p in model.parameters()) < 3e6 and len(tokenizer) > 500
+    with pytest.raises(ConfigError, match=r"'shipped:other' doesn't come with .*; there is shipped:"):
+        check_reachable(replace(config, weights="shipped:other"), NO_S3)
+    wrong = replace(config, name="showo")
+    with pytest.raises(CheckpointError, match="is a model of harmon; choose"), localized(wrong, NO_S3):
+        pass
 
 
 def test_every_knob_is_a_place(tmp_path: Path) -> None:
@@ -181,7 +200,7 @@ from unimrg.storage import S3Config
 from unimrg.weights import localized
 config = FamilyConfig(weights=sys.argv[1], vae_weights=sys.argv[2], tokenizer=sys.argv[1])
 sys.stdin.readline()
-with localized(config, S3Config()) as local:
+with localized(config, NO_S3) as local:
     print(local.weights, local.vae_weights)
 """
 
