@@ -343,6 +343,19 @@ def test_intervals_are_student_s_on_paired_differences() -> None:
     assert one is not None and one.clear and one.mean == pytest.approx(0.1)
 
 
+def test_whether_drawings_are_of_the_picture_is_said() -> None:
+    def run_of(loss: float, other: float) -> list[dict[str, Any]]:
+        found = [result("unimrg", 0, 0.5), result("shuffled", 0, 0.5)]
+        for one, pixel in zip(found, (loss, other), strict=True):
+            one["losses"]["last"] |= {"pixel": pixel, "depth": 0.2}
+        return found
+
+    said = analysis.looking(run_of(0.3, 0.4))
+    assert "pixel 25.0 %, depth 0.0 %" in said and "hardly" not in said
+    assert "pixel 1.0 %" in (said := analysis.looking(run_of(0.396, 0.4))) and "hardly looks" in said
+    assert analysis.looking([result("unimrg", 0, 0.5), result("sft", 0, 0.5)]) == ""
+
+
 def test_what_is_said_follows_the_numbers() -> None:
     def run_of(gains: tuple[float, ...], control: float = 0.0) -> list[dict[str, Any]]:
         found = []

@@ -25,7 +25,7 @@ EXAMPLES = (
 
 def main(config: ReproduceConfig) -> int:
     """Run what is missing, then print and write the results."""
-    from unimrg.reproduce.analysis import outcome, table, text
+    from unimrg.reproduce.analysis import looking, outcome, table, text
     from unimrg.reproduce.page import write_page
     from unimrg.reproduce.runs import results
 
@@ -36,6 +36,8 @@ def main(config: ReproduceConfig) -> int:
     write_page(folder / "report.html", config, found, command)
     print(text(table(found, config.arms)))
     print(outcome(found))
+    if said := looking(found):
+        print(said)
     print(folder / "report.html")
     return 0
 

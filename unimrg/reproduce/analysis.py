@@ -15,8 +15,11 @@ import numpy as np
 from scipy import stats
 
 from unimrg.benchmarks.intervals import Interval
+from unimrg.sample import IMAGE_TASKS
 
 HEADLINE = "headline"
+PAIR = ("unimrg", "shuffled")
+HARDLY = 0.05  # of a drawing's loss: what less than that depends on the picture isn't learnt from it
 Result = dict[str, Any]
 
 
@@ -85,6 +88,23 @@ def outcome(results: Sequence[Result]) -> str:
     words = f"{verdict}: {points}, {ends}, {found.seeds} seeds."
     if control is not None and found.clear and found.mean > 0 and not control.clear:
         words += " But it isn't clearly better than its control with drawings of other pictures."
+    return words
+
+
+def looking(results: Sequence[Result]) -> str:
+    """How much of UniMRG's drawings comes from the picture: its losses against its control's, the last steps.
+
+    Both draw the same places with the same noise. "" unless both were trained.
+    """
+    mine, theirs = ({seed: r["losses"]["last"] for seed, r in of(results, arm).items()} for arm in PAIR)
+    if not (both := sorted(mine.keys() & theirs.keys())):
+        return ""
+    tasks = [task for task in IMAGE_TASKS if task in mine[both[0]]]
+    share = {task: float(np.mean([1 - mine[k][task] / theirs[k][task] for k in both])) for task in tasks}
+    told = ", ".join(f"{task} {100 * value:.1f} %" for task, value in share.items())
+    words = f"Drawing the picture itself costs less loss than drawing another one: {told}."
+    if max(share.values()) < HARDLY:
+        words += " So the model hardly looks while it draws, and drawing has little to teach it here."
     return words
 
 

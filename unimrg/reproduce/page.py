@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unimrg.report.markup import Child, Html, el, folded, percent, section, table
 from unimrg.report.style import STYLE
-from unimrg.reproduce.analysis import HEADLINE, Estimate, Result, difference, of, outcome
+from unimrg.reproduce.analysis import HEADLINE, Estimate, Result, difference, looking, of, outcome
 from unimrg.reproduce.analysis import table as rows_of
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 
@@ -42,6 +42,7 @@ def write_page(path: Path, config: ReproduceConfig, results: Sequence[Result], c
         el("p", "unimrg reproduction", class_="eyebrow"),
         el("h1", TITLE),
         el("p", outcome(results), class_="outcome"),
+        el("p", looking(results)),
     )
     body = el("body", top, el("main", [part for part in parts if part is not None]))
     path.write_text("<!doctype html>\n" + el("html", head, body, lang="en") + "\n", "utf-8")

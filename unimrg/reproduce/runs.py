@@ -36,12 +36,14 @@ class Trial:
 
 def base_folder(config: ReproduceConfig) -> Path:
     """Where the base lies. Raises ConfigError where there is none."""
+    mend = "make one with `python -m unimrg.reproduce.base FOLDER` and give base=FOLDER"
     try:
-        return fetch("base", config.base or f"{SHIPPED}{config.family}", S3Config())
+        folder = fetch("base", config.base or f"{SHIPPED}{config.family}", S3Config())
     except (CheckpointError, ConfigError) as error:
-        raise ConfigError(
-            f"base: {error}; or make one with `python -m unimrg.reproduce.base FOLDER` and give base=FOLDER"
-        ) from error
+        raise ConfigError(f"base: {error}; or {mend}") from error
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"base: there is no model in {folder}; {mend}")
+    return folder
 
 
 def results(config: ReproduceConfig, tell: Callable[[str], None] = print) -> list[Result]:
