@@ -11,7 +11,7 @@ from tests.search_trials import KEYS, repeated, searched, value_at
 from tune.analysis import best, compare, compare_values, importance, pareto_front, so_far, to_table
 from tune.objectives import OBJECTIVES
 from tune.records import Trial
-from tune.verdict import judge
+from tune.verdict import holds, judge
 
 
 def filled(trials: list[Trial]) -> list[Trial]:
@@ -165,6 +165,23 @@ def test_the_verdict_speaks_of_the_objective_first() -> None:
     assert "significantly better; accuracy" in said
     assert "nothing did better" in judge([*a, *b], {"best": "default"}, "default", "answer_loss")
     assert "no repeats" in judge([], {}, "default", "accuracy")
+
+
+def test_what_does_worse_with_fresh_seeds_isn_t_handed_out() -> None:
+    """On average, whatever the interval says; one seed or none says nothing."""
+    a, b = repeated("best", [0.5, 0.6, 0.7]), repeated("default", [0.5, 0.6, 0.7])
+    for number, (one, other) in enumerate(zip(a, b, strict=True)):
+        one.values["answer_loss"], other.values["answer_loss"] = 1.0 + number, 1.1 + 0.9 * number
+    assert holds([*a, *b], {}, "answer_loss") and "best.yaml" not in judge(
+        [*a, *b], {}, "default", "answer_loss"
+    )
+    for one in a:
+        one.values["answer_loss"] += 0.1
+    assert not holds([*a, *b], {}, "answer_loss")
+    assert "best.yaml keeps the default" in judge([*a, *b], {}, "default", "answer_loss")
+    assert "best.yaml" not in judge([*a, *b], {"equal": "default"}, "equal", "answer_loss")
+    assert holds([*a[:1], *b[:1]], {}, "answer_loss") and holds([], {}, "answer_loss")
+    assert holds([*a, *b], {"best": "default"}, "answer_loss")
 
 
 # -- tables --------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class SearchOptions:
     )
     questions: int = knob(400, "asked at most about the pictures of either part")
     drawings: int = knob(8, "pictures of either part that are drawn and scored; 0 = none")
-    repeats: int = knob(3, "fresh seeds that the best, the default and the tuned equal weights are run with")
+    repeats: int = knob(5, "fresh seeds that the best, the default and the tuned equal weights are run with")
     max_failures: int = knob(1, "times that a trial is tried again from its last checkpoint")
     resume: bool = knob(False, "go on with the search of this name")
 

@@ -17,7 +17,7 @@ from tune.objectives import OBJECTIVES
 from tune.page import search_page
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.space import value_of
-from tune.verdict import ROLES, judge
+from tune.verdict import ROLES, holds, judge
 from unimrg.config import RunConfig, redacted
 from unimrg.errors import UnimrgError
 from unimrg.storage import Store
@@ -104,7 +104,9 @@ class Outcome:
         found = best(self.campaign.trials(SEARCHED), self.config.search.objectives[0])
         if found is None:
             raise UnimrgError(f"no trial was finished; {self.folder / 'search.html'} says why")
-        (self.folder / "best.yaml").write_text(self._best_yaml(found))
+        held = holds(self.campaign.trials(REPEATED), self.campaign.same, self.config.search.objectives[0])
+        handed_out = found if held else self.campaign.finished[START]
+        (self.folder / "best.yaml").write_text(self._best_yaml(handed_out))
         table = to_table(self.campaign.trials())
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
@@ -113,10 +115,10 @@ class Outcome:
         if not store.is_local:
             for name in ("best.yaml", "trials.parquet", "search.html"):
                 store.write_bytes(name, (self.folder / name).read_bytes())
-        print("\n".join(self._closing(found)), flush=True)
+        print("\n".join(self._closing()), flush=True)
         print(f"done in {seconds:.0f} s: {self.folder}/search.html, best.yaml, trials.parquet", flush=True)
 
-    def _closing(self, found: Trial) -> list[str]:
+    def _closing(self) -> list[str]:
         """The closing table, and the honest comparison."""
         options = self.config.search
         objective = options.objectives[0]

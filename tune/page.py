@@ -360,7 +360,7 @@ def _configuration(search: Search) -> Html:
 
 
 def _reproduce(search: Search) -> Html:
-    note = "best.yaml holds every key in which the best trial differs from an ordinary run."
+    note = "best.yaml holds every key in which the best trial, if it held, differs from an ordinary run."
     return section("Train with the best", el("pre", search.command), note=note, id_="reproduce")
 
 

@@ -18,17 +18,33 @@ def judge(repeats: Sequence[Trial], same: Mapping[str, str], role: str, objectiv
 
     By the objective, and by the answers. same: roles whose configuration is another role's.
     """
-    own = {name: same.get(name, name) for name in ("best", role)}
-    if own["best"] == own[role]:
+    if same.get("best", "best") == same.get(role, role):
         return f"The best is {ROLES[role]}: nothing did better on the validation pictures."
-    mine, other = ([trial for trial in repeats if trial.strategy == own[name]] for name in ("best", role))
+    mine, other = (_trained_as(name, repeats, same) for name in ("best", role))
     found = {} if objective == "accuracy" else {objective: compare_values(mine, other, objective)}
     found["accuracy"] = compare(mine, other)
     said = [_said(name, difference) for name, difference in found.items() if difference is not None]
     if not said:
         return f"The best against {ROLES[role]}: there are no repeats to compare."
     seeds = plural(len({trial.seed for trial in mine} & {trial.seed for trial in other}), "fresh seed")
-    return f"The best against {ROLES[role]}, {seeds}, test pictures: {'; '.join(said)}."
+    words = f"The best against {ROLES[role]}, {seeds}, test pictures: {'; '.join(said)}."
+    if role == "default" and not holds(repeats, same, objective):
+        words += " It didn't hold, so best.yaml keeps the default configuration."
+    return words
+
+
+def holds(repeats: Sequence[Trial], same: Mapping[str, str], objective: str) -> bool:
+    """Whether the best did no worse than the default with fresh seeds, on average; True with less than two.
+
+    A search picks what was lucky, too: what doesn't hold isn't handed out.
+    """
+    mine, other = (_trained_as(role, repeats, same) for role in ("best", "default"))
+    found = compare_values(mine, other, objective)
+    return found is None or OBJECTIVES[objective].sign * found.mean >= 0
+
+
+def _trained_as(role: str, repeats: Sequence[Trial], same: Mapping[str, str]) -> list[Trial]:
+    return [trial for trial in repeats if trial.strategy == same.get(role, role)]
 
 
 def _said(name: str, difference: Difference) -> str:
