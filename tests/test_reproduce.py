@@ -312,6 +312,19 @@ def test_a_picture_that_is_looked_at_can_be_another() -> None:
     assert len(own) == len(turned) == len(items)
 
 
+@pytest.mark.usefixtures("sets")
+@pytest.mark.parametrize("extra", [0, 8])
+def test_a_share_of_a_step_s_pictures_can_be_drawn(extra: int) -> None:
+    """The questions stay as they are; what is drawn are the first of them, or as many extra ones."""
+    config = replace(CONFIG, draws=2, extra_pictures=extra)
+    for (plain,), (asking, drawing) in zip(steps_of("sft"), steps_of("unimrg", config), strict=True):
+        assert asking.ids == plain.ids and torch.equal(asking.label_ids, plain.label_ids)
+        assert not any(asking.counts[task] for task in IMAGE_TASKS)
+        assert len(drawing.ids) == 2 and (drawing.ids == plain.ids[:2]) == (extra == 0)
+        assert all(drawing.counts[task] for task in IMAGE_TASKS)
+    assert [len(step) for step in steps_of("unimrg", replace(CONFIG, draws=4))] == [1] * CONFIG.steps
+
+
 # Conclusions
 
 

@@ -59,6 +59,9 @@ class ReproduceConfig:
     test: int = knob(350, "held-out pictures, about 19 questions each")
     steps: int = knob(300, "optimiser steps of an arm")
     batch_size: int = knob(16, "pictures per step")
+    draws: int = knob(
+        0, "pictures per step that are drawn, of those with questions or the extra ones; 0 = all"
+    )
     questions: int = knob(10, "per picture and step")
     learning_rate: float = knob(3e-4, "peak, after the warm-up")
     pixel: float = knob(0.1, "weight of redrawing, understanding being 1")
@@ -83,11 +86,13 @@ class ReproduceConfig:
         for key in ("seeds", "pictures", "test", "steps", "batch_size", "questions", "workers"):
             require(key, getattr(self, key), 1)
         require("extra_pictures", self.extra_pictures, 0)
+        require("draws", self.draws, 0, self.batch_size)
         for key in ("pictures", "extra_pictures"):
             if 0 < getattr(self, key) < self.batch_size:
                 raise ConfigError(f"{key}: {getattr(self, key)} don't fill a batch of {self.batch_size}")
-        if "shuffled" in self.arms:
-            require("batch_size", self.batch_size, 2)  # another picture of the batch is drawn
+        if "shuffled" in self.arms:  # another picture of the batch is drawn
+            require("batch_size", self.batch_size, 2)
+            require("draws", self.draws or self.batch_size, 2)
         require("learning_rate", self.learning_rate, 0, above=True)
         for task in IMAGE_TASKS:
             require(task.value, getattr(self, task.value), 0, above=True)

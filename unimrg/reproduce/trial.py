@@ -131,24 +131,25 @@ def batches(
     base: Path,
     folder: Path,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of every step: one, or with extra pictures a second one of drawings alone."""
+    """The micro-batches of every step: one, or a second one of drawings alone where not all are drawn."""
     family, settings = load_family(config.family), TrainConfig(prompt_dropout=0.0)
     own = data(config, base, folder, "pictures")
     extra = data(config, base, folder, "extra_pictures") if arm.drawn and config.extra_pictures else []
+    draws = config.draws or config.batch_size
+    apart = bool(arm.drawn) and (bool(extra) or draws < config.batch_size)
 
     def processor(*tasks: Task) -> Any:
         return family.processor(model, tokenizer, settings, tasks, seed, from_codes=True)
 
-    ask = processor(Task.UNDERSTANDING, *(() if extra else arm.drawn))
-    draw = processor(*arm.drawn) if extra else None
-    more = order(len(extra), steps, config.batch_size, seed) if extra else iter(())
+    ask = processor(Task.UNDERSTANDING, *(() if apart else arm.drawn))
+    draw = processor(*arm.drawn) if apart else None
+    more = order(len(extra), steps, draws, seed) if extra else None
     for step, numbers in enumerate(order(len(own), steps, config.batch_size, seed)):
         first = step * config.batch_size
         found = [ask([_sample(config, own[k], place, seed) for place, k in enumerate(numbers, first)])]
         if draw is not None:
-            found.append(
-                draw([sample(extra[k], p, (), extra[k].codes) for p, k in enumerate(next(more), first)])
-            )
+            some = [extra[k] for k in next(more)] if more else [own[k] for k in numbers[:draws]]
+            found.append(draw([sample(one, place, (), one.codes) for place, one in enumerate(some, first)]))
         yield [turned(batch) for batch in found] if arm.shuffled else found
 
 
