@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from unimrg.hardware import peak_flops, peak_memory
+from unimrg.hardware import device_name, peak_flops, peak_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NAMES = {
@@ -36,6 +36,12 @@ def test_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_has_the_peak_that_it_is_given() -> None:
     assert peak_flops(CPU) is None
     assert peak_flops(CPU, tflops=0.1) == 1e11
+
+
+def test_results_are_stored_with_the_device_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert device_name("cuda") == "NVIDIA H100 80GB HBM3"
+    assert device_name("meta") == "meta" and device_name()
 
 
 def test_memory_of_the_process() -> None:

@@ -458,7 +458,11 @@ def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     trials = sorted((tmp_path / "reproduce" / "trials").iterdir())
     assert len(trials) == 2 * (len(ARMS) - 1) + 1
-    results = json.loads((tmp_path / "reproduce" / "results.json").read_text())
+    written = json.loads((tmp_path / "reproduce" / "results.json").read_text())
+    results = written["trials"]
+    assert (
+        written["device"] and written["settings"]["pictures"] == 16 and len(written["table"]) == len(ARMS) + 3
+    )
     assert analysis.outcome(results) in printed and (tmp_path / "reproduce" / "report.html").is_file()
     for found in results:
         assert (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,3 +44,18 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """What results are stored with: the GPU's name, or the processor's; other devices by their own word."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor_name() if kind == "cpu" else kind
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -56,7 +56,6 @@ from cluster.pipeline import Ingest, Stored, open_manifest
 from cluster.prepare import make_absolute
 from cluster.session import ray_session
 from cluster.teachers import settle_types
-from tests.bench.step import cpu_name
 from tests.s3 import run_s3_server
 from unimrg.compose import compose
 from unimrg.config import RunConfig, S3Options, to_plain
@@ -64,6 +63,7 @@ from unimrg.data.geometry import render_sample
 from unimrg.data.prefetch import prefetch
 from unimrg.data.stages import MAPS, SAMPLES, stored_name
 from unimrg.families import load_family
+from unimrg.hardware import device_name
 from unimrg.packing import Batch
 from unimrg.sample import Labels, Record, Sample, load_conversations
 from unimrg.storage import Store
@@ -436,7 +436,7 @@ def main() -> None:
             for variant in options.variants:
                 rounds[-1][variant] = run_apart(variant, job)
                 print(variant, json.dumps(rounds[-1][variant]), file=sys.stderr, flush=True)
-    about = {"cores": os.cpu_count(), "device": cpu_name(), "date": date.today().isoformat()}
+    about = {"cores": os.cpu_count(), "device": device_name(), "date": date.today().isoformat()}
     print(json.dumps(vars(options) | summary(rounds) | about))
 
 

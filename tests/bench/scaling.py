@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.bench.step import device_name
 from tests.engine_runs import Group
 from tests.tiny_harmon import random_sample
 from unimrg.config import FAMILIES, FamilyConfig, TrainConfig
 from unimrg.families import load_family
+from unimrg.hardware import device_name
 from unimrg.losses import combine
 from unimrg.sample import Task
 

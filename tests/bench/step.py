@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import re
 import statistics
 import time
@@ -44,7 +43,7 @@ from tests.tiny_harmon import random_sample
 from unimrg.config import FAMILIES
 from unimrg.families.base import Family
 from unimrg.flops import Flops
-from unimrg.hardware import peak_flops
+from unimrg.hardware import device_name, peak_flops
 from unimrg.sample import IMAGE_TASKS, Sample, Task
 
 TURNS = {"tiny": 2, MIDDLE: 4}
@@ -295,17 +294,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
     }
     return vars(options) | results | about
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else cpu_name() if device == "cpu" else device
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -34,10 +34,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from tests import tiny_teachers
 from tests.bench import published_sizes
-from tests.bench.step import cpu_name
 from tests.reference_sam import PlainSam
 from unimrg.benchmarks.dense import boundary_scores
 from unimrg.errors import CheckpointError
+from unimrg.hardware import device_name
 from unimrg.teachers.depth import DepthAnything
 from unimrg.teachers.masks import stability
 from unimrg.teachers.segmentation import SamBoundaries
@@ -193,7 +193,7 @@ def main() -> None:
                     "masks_a_picture": float(np.mean(masks)),
                 }
                 results[kind] = speed | {"weights": weights} | agreement
-    device = torch.cuda.get_device_name() if torch.device(options.device).type == "cuda" else cpu_name()
+    device = device_name(options.device)
     about = {"torch": torch.__version__, "hardware": device, "date": date.today().isoformat()}
     print(json.dumps(vars(options) | {"results": results} | about))
 

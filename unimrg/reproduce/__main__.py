@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 from unimrg.reproduce.config import ReproduceConfig
@@ -31,15 +33,26 @@ def main(config: ReproduceConfig) -> int:
 
     found = results(config)
     folder = Path(config.storage_path) / config.name
-    (folder / "results.json").write_text(json.dumps(found))
     command = shlex.join(["python", "-m", "unimrg.reproduce", *sys.argv[1:]])
+    rows = table(found, config.arms)
+    said = [outcome(found), looking(found)]
+    facts = {"command": command, "outcome": said, "table": rows, "settings": asdict(config), "trials": found}
+    (folder / "results.json").write_text(json.dumps(facts | _about(config)))
     write_page(folder / "report.html", config, found, command)
-    print(text(table(found, config.arms)))
-    print(outcome(found))
-    if said := looking(found):
-        print(said)
-    print(folder / "report.html")
+    print("\n".join([text(rows), *filter(None, said), str(folder / "report.html")]))
     return 0
+
+
+def _about(config: ReproduceConfig) -> dict[str, str]:
+    import torch
+
+    from unimrg.hardware import device_name
+
+    return {
+        "torch": torch.__version__,
+        "device": device_name(config.device),
+        "date": date.today().isoformat(),
+    }
 
 
 if __name__ == "__main__":

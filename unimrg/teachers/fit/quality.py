@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from unimrg.benchmarks.dense import boundary_scores, depth_scores
 from unimrg.config import SamConfig
 from unimrg.errors import CheckpointError
+from unimrg.hardware import device_name
 from unimrg.teachers import Teacher
 from unimrg.teachers.depth import DepthAnything
 from unimrg.teachers.fit.scenes import Scenes
@@ -129,15 +129,8 @@ def report(folder: Path, measure: Callable[[Path], Quality], unseen: int) -> str
         **{name: round(value, 4) for name, value in measure(folder).items()},
         "bytes": (folder / "model.safetensors").stat().st_size,
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{processor_name()}, one thread",
+        "hardware": f"{device_name()}, one thread",
         "torch": torch.__version__,
     }
     write_facts(folder, {**made, "quality": measured})
     return (folder / FILE).read_text()
-
-
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
