@@ -531,9 +531,8 @@ def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
 @pytest.mark.slow
 def test_understanding_alone_improves_the_base(tmp_path: Path) -> None:
     """Of the drawings nothing is asserted: what they do is what the reproduction asks."""
-    config = ReproduceConfig(
-        storage_path=str(tmp_path), arms=["base", "sft"], seeds=1, pictures=600, test=150
-    )
+    config = compose("reproduce", ["size=laptop", "arms=[base,sft]", "seeds=1"], ReproduceConfig)
+    config.storage_path = str(tmp_path)
     before, after = runs.results(config, lambda words: None)
     assert after["headline"] > before["headline"]
     assert after["losses"]["last"]["understanding"] < after["losses"]["first"]["understanding"]
