@@ -34,7 +34,6 @@ from unimrg.engine import Engine, make_engine
 from unimrg.errors import ConfigError, UnimrgError
 from unimrg.families import load_family
 from unimrg.families.base import DrawOptions, Family
-from unimrg.families.encoder import plain
 from unimrg.losses import combine
 from unimrg.reproduce.data import Example, chosen, examples, order, sample, stored
 from unimrg.reproduce.models import NAMES, RECIPES, Recipe, ids_of
@@ -193,9 +192,8 @@ def _naming(model: Family, recipe: Recipe, tokenizer: Any) -> Naming:
     words = [torch.tensor(ids_of(tokenizer, some)) for some in NAMES]
 
     def loss(some: Sequence[Example]) -> Tensor:
-        codes = torch.from_numpy(np.stack([plain(example.codes["image"]) for example in some]))
         names = torch.from_numpy(np.stack([example.names for example in some]))
-        cells = F.normalize(recipe.cells(model, codes), dim=-1) * SHARPNESS
+        cells = F.normalize(recipe.cells(model, some), dim=-1) * SHARPNESS
         known = [model.get_input_embeddings()(ids) for ids in words]
         parts = [_named(cells @ F.normalize(one, dim=-1).T, names[:, k]) for k, one in enumerate(known)]
         return torch.stack(parts).sum()

@@ -9,7 +9,7 @@ from unimrg.config import knob, require, require_choice
 from unimrg.errors import ConfigError
 from unimrg.sample import IMAGE_TASKS, Task
 
-FAMILIES = ("harmon", "showo")
+FAMILIES = ("harmon", "janus")
 """Families with a recipe for a base (`models.RECIPES`)."""
 
 

@@ -15,22 +15,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PhiConfig, Qwen2Config
+from transformers import JanusConfig, JanusVisionConfig, LlamaConfig, Qwen2Config
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 
 from unimrg.data.scenes.world import COLOURS, SHAPES
 from unimrg.families.base import Family
+from unimrg.families.encoder import plain
 from unimrg.families.harmon import checkpoint as harmon
 from unimrg.families.harmon.config import HarmonConfig
 from unimrg.families.harmon.config import tiny as tiny_harmon
 from unimrg.families.harmon.model import Harmon
-from unimrg.families.showo import checkpoint as showo
-from unimrg.families.showo.config import ShowoConfig
-from unimrg.families.showo.config import tiny as tiny_showo
-from unimrg.families.showo.model import Showo
+from unimrg.families.janus import checkpoint as janus
+from unimrg.families.janus.config import TINY_TOKENS, JanusFamilyConfig
+from unimrg.families.janus.config import tiny as tiny_janus
+from unimrg.families.janus.model import Janus
 from unimrg.families.tokenizer import tiny_tokenizer
-from unimrg.reproduce.world import COLUMNS, ROWS
+from unimrg.reproduce.data import Example
+from unimrg.reproduce.world import COLUMNS, ROWS, SIDE
 
 NAMES = (COLOURS, SHAPES, tuple(COLUMNS), tuple(ROWS))
 """The words for what a cell shows: colour, shape, column and row."""
@@ -40,19 +44,15 @@ APART = 0.7  # how much of its own a column's name has, beside its place in the 
 EMBEDDING, POSITION = 0.1, 0.5  # standard deviations of word embeddings and of positions in the picture
 
 
-LOOKING = 2  # layers of Show-o in which the picture's cells are made out, before words look at them
-QUIET = 0.1  # factor on what these layers add at the start
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a family's small model is made, and where its picture's cells can be named.
 
-    build: a seed to model and tokenizer. cells: model and codes of pictures [B, ...] to states [B, L, H].
+    build: a seed to model and tokenizer. cells: model and pictures to states [B, L, H].
     """
 
     build: Callable[[int], tuple[Family, Any]]
-    cells: Callable[[Any, Tensor], Tensor]
+    cells: Callable[[Any, Sequence[Example]], Tensor]
 
 
 # -- Harmon --------------------------------------------------------------------------------------------------
@@ -88,76 +88,70 @@ def _harmon() -> HarmonConfig:
     return HarmonConfig(vae=base.vae, mar=mar, llm=llm, image_size=64, guidance=1.0, grad_scale=1.0)
 
 
-def harmon_cells(model: Harmon, codes: Tensor) -> Tensor:
+def harmon_cells(model: Harmon, some: Sequence[Example]) -> Tensor:
     """Cells as they enter the language model, [B, L, H]."""
+    codes = torch.from_numpy(np.stack([plain(example.codes["image"]) for example in some]))
     return model.embed_pictures(codes)[:, model.config.mar.buffer_size :]
 
 
-# -- Show-o --------------------------------------------------------------------------------------------------
+# -- Janus-Pro -----------------------------------------------------------------------------------------------
 
 
-def build_showo(seed: int) -> tuple[Showo, Any]:
-    """A Show-o of 1.3 million parameters with the tiny variant's image tokenizer; its third layer looks.
+def build_janus(seed: int) -> tuple[Janus, Any]:
+    """A Janus-Pro of 0.9 million trained parameters with the tiny variant's picture tokenizer.
 
-    Words that name cells also start as what scores the answers of the same sound.
+    Its vision tower makes cells out, with positions of their own, and the first layer of its language model
+    looks at them.
     """
-    model, tokenizer = showo.fresh(_showo(), seed, tiny=True), tiny_tokenizer()
-    embedding, layers = model.showo.get_input_embeddings(), model.showo.model.layers
+    model, tokenizer = janus.fresh(_janus(), seed, tiny=True), tiny_tokenizer(TINY_TOKENS)
+    core = model.janus.model
+    nn.init.normal_(core.vision_model.embeddings.position_embedding.weight, std=POSITION)
+    embedding = core.get_input_embeddings()
     nn.init.normal_(embedding.weight, std=EMBEDDING)
-    attention = layers[LOOKING].self_attn
+    attention = core.language_model.layers[0].self_attn
     words_find_cells(embedding, attention.q_proj, attention.k_proj, tokenizer)
-    with torch.no_grad():
-        attention.q_layernorm.weight.fill_(SHARPNESS)  # it would undo a factor on the weights
-        for layer in layers[:LOOKING]:
-            layer.self_attn.dense.weight.mul_(QUIET)
-            layer.mlp.fc2.weight.mul_(QUIET)
-        for words in NAMES[:2]:
-            said = ids_of(tokenizer, [f" {word}" for word in words])
-            model.showo.lm_head.weight[said] = embedding.weight[ids_of(tokenizer, words)]
     return model, tokenizer
 
 
-def _showo() -> ShowoConfig:
-    base, width = tiny_showo(), 128
-    llm = PhiConfig(
-        vocab_size=base.llm.vocab_size,
+def _janus() -> JanusFamilyConfig:
+    base, width, seen = tiny_janus(), 128, 96
+    llm = LlamaConfig(
+        vocab_size=base.janus.text_config.vocab_size,
         hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
+        intermediate_size=2 * width,
+        max_position_embeddings=4096,
         initializer_range=1 / math.sqrt(width),
-        qk_layernorm=True,
-        hidden_act=base.llm.hidden_act,
-        rope_parameters=base.llm.rope_parameters,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
+        rope_parameters=tiny_harmon().llm.rope_parameters,
+        bos_token_id=base.janus.text_config.bos_token_id,
+        eos_token_id=base.janus.text_config.eos_token_id,
+        pad_token_id=base.janus.text_config.pad_token_id,
+        tie_word_embeddings=True,
     )
-    return ShowoConfig(
-        magvit=base.magvit,
-        llm=llm,
-        text_vocab=base.text_vocab,
-        text_end=0,
-        image_size=64,
-        source_size=32,
-        guidance=1.0,
+    vision = JanusVisionConfig(
+        hidden_size=seen,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        mlp_ratio=2,
+        image_size=SIDE,
+        patch_size=SIDE // len(COLUMNS),
+        projection_dim=width,
+        num_image_tokens=len(COLUMNS) * len(ROWS),
+        initializer_range=1 / math.sqrt(seen),
     )
+    vq = JanusVQVAEConfig(
+        **base.janus.vq_config.to_diff_dict() | {"projection_dim": width, "image_token_embed_dim": width}
+    )
+    whole = JanusConfig(
+        text_config=llm, vision_config=vision, vq_config=vq, image_token_id=base.janus.image_token_id
+    )
+    return JanusFamilyConfig(janus=whole, open_image_id=base.open_image_id)
 
 
-def showo_cells(model: Showo, codes: Tensor) -> Tensor:
-    """Cells as they enter the layer that words look with, [B, L, H]."""
-    config, count = model.config, len(codes)
-    picture = model.embed_codes(codes[:, config.target_tokens :])
-    around = torch.tensor([config.special(name) for name in ("mmu", "soi", "eoi")])
-    before, after = model.showo.get_input_embeddings()(around).split((2, 1))
-    states = torch.cat([before.expand(count, -1, -1), picture, after.expand(count, -1, -1)], 1)
-    positions = torch.arange(states.shape[1])[None]
-    rotations = model.showo.model.rotary_emb(states, position_ids=positions)
-    whole = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
-    for layer in model.showo.model.layers[:LOOKING]:
-        states = layer(states, attention_mask=whole, position_ids=positions, position_embeddings=rotations)
-    return states[:, 2:-1]
+def janus_cells(model: Janus, some: Sequence[Example]) -> Tensor:
+    """Cells as they enter the language model, [B, L, H]."""
+    return model.embed_pictures(torch.from_numpy(np.stack([example.image for example in some])))
 
 
 # -- what they share -----------------------------------------------------------------------------------------
@@ -191,4 +185,4 @@ def ids_of(tokenizer: Any, words: Sequence[str]) -> list[int]:
     return [one for (one,) in found]
 
 
-RECIPES = {"harmon": Recipe(build_harmon, harmon_cells), "showo": Recipe(build_showo, showo_cells)}
+RECIPES = {"harmon": Recipe(build_harmon, harmon_cells), "janus": Recipe(build_janus, janus_cells)}
