@@ -22,13 +22,14 @@ from unimrg.config import FamilyConfig, TrainConfig
 from unimrg.data.scenes.world import COLOURS, SHAPES
 from unimrg.errors import ConfigError
 from unimrg.families import load_family
+from unimrg.families.encoder import grey
 from unimrg.report.markup import escape
 from unimrg.reproduce import __main__ as command
-from unimrg.reproduce import analysis, runs, trial
+from unimrg.reproduce import analysis, runs, scoring, trial
 from unimrg.reproduce.base import BaseConfig, make_base
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.data import Example, asked, chosen, examples, item, order, sample
-from unimrg.reproduce.models import LOOKING, RECIPES, ids_of, showo_cells
+from unimrg.reproduce.models import RECIPES, ids_of
 from unimrg.reproduce.page import write_page
 from unimrg.reproduce.scoring import greedily_right, language_head, score
 from unimrg.reproduce.world import COLUMNS, FAMILIES, MAKERS, ROWS, Picture, asks, names, pictures
@@ -145,21 +146,23 @@ def test_blind_answers_are_at_chance() -> None:
 
 def looking(family: str) -> tuple[Any, Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """The word table, and from states [N, H] to queries and keys [N, heads, D] of the layer that looks."""
-    model, _ = built(family)
-    if family == "harmon":
-        layer, table = model.llm.model.layers[0], model.llm.get_input_embeddings()
-    else:
-        layer, table = model.showo.model.layers[LOOKING], model.showo.get_input_embeddings()
+    layer = layers_of(family)[0]
     attention = layer.self_attn
 
     def both(states: Tensor) -> tuple[Tensor, Tensor]:
         normed = layer.input_layernorm(states)
         query, key = (proj(normed).unflatten(-1, (4, -1)) for proj in (attention.q_proj, attention.k_proj))
-        if family == "showo":
-            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         return query, key
 
-    return table.weight.detach(), both
+    return built(family)[0].get_input_embeddings().weight.detach(), both
+
+
+def layers_of(family: str) -> Any:
+    """The layers of the language model."""
+    model, _ = built(family)
+    return {"harmon": lambda: model.llm.model, "janus": lambda: model.janus.model.language_model}[
+        family
+    ]().layers
 
 
 @pytest.mark.parametrize("family", RECIPES)
@@ -182,15 +185,19 @@ def test_columns_lie_along_a_line() -> None:
     assert near.min() > far.max()
 
 
+@pytest.mark.parametrize("family", RECIPES)
 @torch.no_grad()
-def test_cells_of_showo_are_those_of_its_forward_pass() -> None:
-    model, _ = built("showo")
-    example, caught = encoded("showo")[0], []
-    handle = model.showo.model.layers[LOOKING - 1].register_forward_hook(lambda *call: caught.append(call[2]))
-    model(asker("showo")([sample(example, 0, asked(example)[:3], {"image": example.codes["image"]})]))
+def test_cells_are_what_enters_the_language_model(family: str) -> None:
+    model, _ = built(family)
+    example, caught = encoded(family)[0], []
+    handle = layers_of(family)[0].register_forward_pre_hook(lambda *call: caught.append(call[1][0]))
+    model(asker(family)([sample(example, 0, asked(example)[:3], {"image": example.codes["image"]})]))
     handle.remove()
-    cells = showo_cells(model, torch.from_numpy(example.codes["image"].astype(np.int64))[None])
-    torch.testing.assert_close(caught[0][:, 2 : 2 + cells.shape[1]], cells)
+    (cells,) = RECIPES[family].cells(model, [example])
+    assert cells.shape[0] == example.names.shape[1]
+    entered = caught[0][0]
+    (first,) = [k for k in range(len(entered)) if torch.allclose(entered[k], cells[0], atol=1e-6)]
+    torch.testing.assert_close(entered[first : first + len(cells)], cells)
 
 
 def asker(family: str) -> Any:
@@ -205,7 +212,7 @@ def asker(family: str) -> Any:
 def test_an_answer_is_right_when_greedy_decoding_says_it(family: str) -> None:
     """A fresh model whose head knows the colours alone, so that it says one of them."""
     model, tokenizer = RECIPES[family].build(0)
-    before = {"harmon": "", "showo": " "}[family]
+    before = {"harmon": "", "janus": " "}[family]
     kept = ids_of(tokenizer, [before + colour for colour in COLOURS])
     with torch.no_grad():
         rows = language_head(model).weight[kept].clone()
@@ -302,14 +309,23 @@ def test_extra_pictures_are_drawn_and_not_asked_about() -> None:
     assert [len(step) for step in steps_of("sft", config)] == [1] * config.steps
 
 
-def test_a_picture_that_is_looked_at_can_be_another() -> None:
-    model, tokenizer = built()
-    data = encoded()[:6]
-    other = [example.codes["image"] for example in data[1:] + data[:1]]
-    items, own = score(model, tokenizer, "harmon", data)
-    again, turned = score(model, tokenizer, "harmon", data, looked_at=other)
-    assert [found.index for found in items] == [found.index for found in again]
-    assert len(own) == len(turned) == len(items)
+@pytest.mark.parametrize("family", RECIPES)
+def test_a_picture_that_is_looked_at_can_be_another(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = built(family)
+    data, seen = encoded(family)[:6], []
+    other = [*data[1:], data[0]]
+    real = scoring.greedily_right
+
+    def watched(model: Any, processor: Any, samples: Any) -> list[bool]:
+        seen.extend(samples)
+        return real(model, processor, samples)
+
+    monkeypatch.setattr(scoring, "greedily_right", watched)
+    items, marks = score(model, tokenizer, family, data, looked_at=other)
+    assert items == score(model, tokenizer, family, data)[0] and len(marks) == len(items)
+    for shown, instead, own in zip(seen[:6], other, data, strict=True):
+        assert shown.image is instead.image and shown.codes["image"] is instead.codes["image"]
+        assert [turns[0].question for turns in shown.conversations] == [ask.text for ask in asked(own)]
 
 
 @pytest.mark.usefixtures("sets")
@@ -517,8 +533,8 @@ def test_without_its_picture_the_base_is_at_chance(kind: str) -> None:
     And a model that doesn't see the picture is right about both orders of a comparison or about neither.
     """
     data, (model, tokenizer) = fresh_pictures(), base()
-    own = [example.codes["image"] for example in data]
-    instead = [model.grey_codes()] * len(own) if kind == "grey" else own[1:] + own[:1]
+    nothing = replace(data[0], image=grey(model.config.image_size), codes={"image": model.grey_codes()})
+    instead = [nothing] * len(data) if kind == "grey" else [*data[1:], data[0]]
     items, marks = score(model, tokenizer, "harmon", data, looked_at=instead)
     luck, kept = np.random.default_rng(0), {}
     for found, mark in zip(items, marks, strict=True):

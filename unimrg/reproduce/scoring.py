@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +29,11 @@ def score(
     family: str,
     data: Sequence[Example],
     families: Sequence[str] = FAMILIES,
-    looked_at: Sequence[np.ndarray] | None = None,
+    looked_at: Sequence[Example] | None = None,
 ) -> tuple[list[Item], list[bool]]:
     """The questions that are scored, and whether each is answered right.
 
-    looked_at: codes of what is looked at in place of each example's own picture.
+    looked_at: of each example another one, whose picture is looked at in place of its own.
     """
     processor = load_family(family).processor(
         model, tokenizer, TrainConfig(prompt_dropout=0.0), (Task.UNDERSTANDING,), 0, from_codes=True
@@ -46,8 +45,8 @@ def score(
         for k, example in enumerate(data[first : first + PICTURES], first):
             questions = asked(example, families)
             items += [item(example, ask) for ask in questions]
-            codes = example.codes["image"] if looked_at is None else looked_at[k]
-            samples.append(sample(example, k, questions, {"image": codes}))
+            seen = example if looked_at is None else looked_at[k]
+            samples.append(sample(seen, k, questions, {"image": seen.codes["image"]}))
         marks += greedily_right(model, processor, samples)
     return items, marks
 
