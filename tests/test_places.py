@@ -200,7 +200,7 @@ from unimrg.storage import S3Config
 from unimrg.weights import localized
 config = FamilyConfig(weights=sys.argv[1], vae_weights=sys.argv[2], tokenizer=sys.argv[1])
 sys.stdin.readline()
-with localized(config, NO_S3) as local:
+with localized(config, S3Config()) as local:
     print(local.weights, local.vae_weights)
 """
 
