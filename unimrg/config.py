@@ -106,7 +106,7 @@ class LoraConfig:
 class FamilyConfig:
     """Which model, from which weights: each a local path, an s3:// URL, or a place on the hub (org/name).
 
-    The weights may also be those of the small model that comes with the package (shipped:harmon).
+    The weights may also be those of the small model that comes with the package (shipped:harmon, shipped:janus).
     """
 
     name: str = knob("harmon", "model family")
@@ -114,7 +114,7 @@ class FamilyConfig:
     weights: str = knob(
         "",
         "folder of save_pretrained, published weights (.safetensors, .pth, sharded, ZeRO), or the package's "
-        "own small model (shipped:harmon); empty = fresh",
+        "own small model (shipped:harmon, shipped:janus); empty = fresh",
     )
     language_weights: str = knob(
         "", "published language model that a family starts from (openuni: InternVL3)"
