@@ -39,7 +39,10 @@ def parallel(columns: Sequence[Column], classes: Sequence[str], names: Sequence[
     parts: list[Child] = []
     for column, axis, x in zip(columns, axes, places, strict=True):
         parts.append(el("line", x1=x, x2=x, y1=TOP, y2=HEIGHT - BOTTOM, class_="zero"))
-        parts.append(el("text", column.title, x=x, y=18, class_="value middle"))
+        # The last title may be long: it ends at the edge, lest it be cut off there.
+        last = len(columns) > 1 and column is columns[-1]
+        place, anchor = (WIDTH - 4, "end") if last else (x, "middle")
+        parts.append(el("text", column.title, x=place, y=18, class_=f"value {anchor}"))
         for tick in _few(axis):
             parts.append(el("text", short(tick, 2, pad=False), x=x - 7, y=axis(tick) + 4, class_="tick end"))
         if any(value == 0 for value in column.values) and column.log:

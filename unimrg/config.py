@@ -106,7 +106,7 @@ class LoraConfig:
 class FamilyConfig:
     """Which model, from which weights: each a local path, an s3:// URL, or a place on the hub (org/name).
 
-    The weights may also be those of the small model that comes with the package (shipped:harmon, shipped:janus).
+    The weights may also be those of a small model that comes with the package (shipped:harmon).
     """
 
     name: str = knob("harmon", "model family")
