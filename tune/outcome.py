@@ -156,7 +156,7 @@ class Outcome:
         objective = self.config.search.objectives[0]
         head = (
             f"# {found.id} of the search {self.config.name}: {OBJECTIVES[objective].title.lower()} "
-            f"{_short(found.values[objective])} on its validation pictures\n"
+            f"{_short(found.values.get(objective)) or 'nothing'} on its validation pictures\n"
             "# python -m unimrg.train experiment=best.yaml\n"
         )
         return head + yaml.safe_dump(kept, sort_keys=False)
