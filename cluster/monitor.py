@@ -1,7 +1,8 @@
 """One actor on the driver's node that keeps what a run tells: metrics, events, skipped samples.
 
 It outlives the training workers, so a restart loses nothing: records of steps that are done again are
-dropped, and a skipped sample is written once, whoever meets it how often. It also counts, from its own start
+dropped, and a skipped sample is written once, whoever meets it how often. With every checkpoint its files are
+copied to the run's storage, where a run that goes on elsewhere finds them. It also counts, from its own start
 on, for Prometheus (`unimrg.figures`).
 """
 
@@ -19,8 +20,12 @@ import ray
 from cluster.exporter import Outlet
 from cluster.session import on_this_node
 from unimrg.figures import Figures
-from unimrg.metrics import JsonlSink, read_jsonl
-from unimrg.storage import RETRY_REASONS
+from unimrg.metrics import JsonlSink, parse_jsonl, read_jsonl
+from unimrg.storage import RETRY_REASONS, Store
+
+TOLD = ("metrics.jsonl", "events.jsonl", "quarantine.jsonl")
+_, EVENTS, QUARANTINE = TOLD
+"""Its files in the run's folder."""
 
 COUNTED = {
     "skipped-step": "skipped_steps",
@@ -73,14 +78,12 @@ class Monitor:
         self.command = command
         self.max_bad_share = max_bad_share
         self.min_checked = min_checked
-        self.metrics = JsonlSink(self.folder / "metrics.jsonl")
-        self.events = JsonlSink(self.folder / "events.jsonl")
-        self.quarantine = JsonlSink(self.folder / "quarantine.jsonl")
+        self.metrics, self.events, self.quarantine = (JsonlSink(self.folder / name) for name in TOLD)
         self.bad: dict[int, str] = {
-            row["position"]: row["reason"] for row in read_jsonl(self.folder / "quarantine.jsonl")
+            row["position"]: row["reason"] for row in read_jsonl(self.folder / QUARANTINE)
         }
         self.checked: set[tuple[int, int]] = set()
-        self.counts: Counter[str] = Counter(row["event"] for row in read_jsonl(self.folder / "events.jsonl"))
+        self.counts: Counter[str] = Counter(row["event"] for row in read_jsonl(self.folder / EVENTS))
         self.paused = False
         self.latest: dict[str, Any] = {}
         self.step = 0
@@ -206,9 +209,13 @@ class Monitor:
         worst, count = Counter(self.bad.values()).most_common(1)[0]
         return (
             f"{len(self.bad)} of {checked} samples are unusable, mostly {worst} ({count}); see "
-            f"{self.folder / 'quarantine.jsonl'}, mend the data or raise "
+            f"{self.folder / QUARANTINE}, mend the data or raise "
             f"data.max_bad_share ({self.max_bad_share:g})"
         )
+
+    def told(self, whole: bool) -> dict[str, bytes]:
+        """Once this answers, all that was told before is on disk here. whole: answer with the files."""
+        return {name: (self.folder / name).read_bytes() for name in TOLD} if whole else {}
 
     def snapshot(self) -> dict[str, Any]:
         """The latest record, for the progress display."""
@@ -226,6 +233,21 @@ def count_retries(figures: Figures, retries: Mapping[str, int]) -> None:
     """Storage requests made again, by reason, in figures."""
     for reason, count in retries.items():
         figures.add("unimrg_storage_retries_total", count, reason)
+
+
+def fetch_told(store: Store, folder: Path) -> None:
+    """Copy a monitor's files from a run's storage, where they say more than those in its local folder.
+
+    They do when this machine hasn't had the run yet, or when another one has taken it further since.
+    """
+    if store.is_local or not store.exists(EVENTS):
+        return
+    events, _ = parse_jsonl(store.read_bytes(EVENTS).decode("utf-8", "replace"))
+    here = read_jsonl(folder / EVENTS)
+    if events and (not here or events[-1]["timestamp"] > here[-1]["timestamp"]):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TOLD:
+            (folder / name).write_bytes(store.read_bytes(name))
 
 
 def start_monitor(

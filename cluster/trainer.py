@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cluster.exporter import Outlet, exporting
 from cluster.held_out import compare
 from cluster.labeler import Labeller, open_stores
-from cluster.monitor import Show, start_monitor
+from cluster.monitor import Show, fetch_told, start_monitor
 from cluster.pipeline import Stored, uses_store
 from cluster.prepare import check_data, check_weights, make_absolute, prepare_data
 from cluster.progress import Progress
@@ -102,9 +102,10 @@ def train(
     """
     weights = {task.value: weight for task, weight in config.weights.by_task().items()}
     show = Show(shown_as or config.name, outlet or Outlet(), config.train.steps, weights)
+    store = run_store(config)
+    fetch_told(store, folder)
     monitor = start_monitor(folder, _command(), config.data.max_bad_share, config.data.min_checked, show)
     show.outlet.enter(show.name, "training")
-    store = run_store(config)
     labeller = _start_labeller(config, monitor, stored) if config.labels.mode == "streaming" else None
     use_gpu = gpus > 0
     environment = dict(word.split("=", 1) for word in config.cluster.environment)

@@ -123,7 +123,7 @@ class _Worker:
         self.monitor, self.labeller, self.stored = monitor, labeller, stored
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         self.store = run_store(config)
-        self.saver = Saver(self.store.child(CHECKPOINTS))
+        self.saver = Saver(self.store.child(CHECKPOINTS), self._keep_told)
         self.watchdog = Watchdog(config.cluster.hang_seconds, self._tell_hang)
         self.totals: list[float] = []
         weights = config.weights
@@ -244,10 +244,12 @@ class _Worker:
         )
         self.totals.append(output.total)
         self._commit(self.saver.finish())
+        if self.rank == 0:
+            self._tell(output, values)
         if output.step % PREEMPTION_STEPS == 0:
             self._look_for_preemption(output)
-        if self.rank:
-            return
+
+    def _tell(self, output: StepOutput, values: dict[str, float | None]) -> None:
         if output.wrong:
             kind = "skipped-step" if output.wrong == "skipped" else output.wrong
             detail = {"total": output.total, "grad_norm": output.grad_norm, "samples": output.suspects[:64]}
@@ -339,6 +341,15 @@ class _Worker:
         self.saving_since = time.perf_counter()
         self.saver.begin(self.engine, progress)
         self.checkpoint_values = {"checkpoint_seconds": time.perf_counter() - started}
+
+    def _keep_told(self) -> None:
+        """What was told of the steps of a checkpoint lies in the run's folder before the checkpoint exists.
+
+        Else a run that goes on from it, here or on another machine, would lack records. Runs in a thread.
+        """
+        told = ray.get(self.monitor.told.remote(whole=not self.store.is_local))
+        for name, content in told.items():
+            self.store.write_bytes(name, content)
 
     def _commit(self, progress: Progress | None) -> None:
         """A checkpoint exists: tell the monitor, and delete older ones.

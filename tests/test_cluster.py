@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -207,6 +208,29 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_later(
     records = read_jsonl(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, paused + 4))
     assert [record["position"] for record in records] == [4 * record["step"] for record in records]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_machine(
+    config: Callable[..., RunConfig], s3_server: S3Server, tmp_path: Path
+) -> None:
+    """With its checkpoints in S3 and a disk that knows nothing of it, or too little, no record is missing."""
+    folder, old = tmp_path / "outputs" / "run", tmp_path / "old"
+    place = (f"storage_path={s3_server.url('moving')}", *s3_words(s3_server))
+
+    def go_on(steps: int) -> list[int]:
+        words = ("report.enabled=false", "labels.mode=off", f"train.steps={steps}")
+        assert run(config(*place, *words)) == 0
+        events = read_jsonl(folder / "events.jsonl")
+        assert [e["step"] for e in events if e["event"] in ("start", "resume")] == list(range(0, steps, 2))
+        return [record["step"] for record in read_jsonl(folder / "metrics.jsonl")]
+
+    assert go_on(2) == [1, 2]
+    folder.rename(old)
+    assert go_on(4) == [1, 2, 3, 4]
+    shutil.rmtree(folder)
+    old.rename(folder)
+    assert go_on(6) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])

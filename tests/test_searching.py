@@ -195,6 +195,7 @@ def test_killed_driver_goes_on_where_it_was(
     assert parquet(folder / "trials.parquet") == parquet(undisturbed / "trials.parquet")
     if kind == "s3":
         assert store.read_bytes("trials.parquet") == (folder / "trials.parquet").read_bytes()
+        assert store.exists("runs/tpe-001/metrics.jsonl")
         assert store.exists("search.html") and store.exists("best.yaml")
 
 

@@ -34,7 +34,7 @@ from tune.outcome import Outcome
 from tune.records import REPEATED, SEARCHED, Records, Trial
 from tune.scoring import split
 from tune.told import tell
-from tune.trial import Shared, clean, run_trial, write_job
+from tune.trial import RUNS, Shared, clean, run_trial, write_job
 from unimrg.config import RunConfig, redacted, to_plain
 from unimrg.errors import ConfigError, DataError, UnimrgError
 from unimrg.storage import Store
@@ -215,9 +215,9 @@ def _share(config: SearchConfig, gpus: int, lag: int, outlet: Outlet) -> Shared:
     _check_measurable(config, {question.pair for question in validation.questions})
     run.report.images = options.drawings
     parts = {SEARCHED: ray.put(validation), REPEATED: ray.put(test)}
-    return Shared(
-        to_plain(run), run_store(config).url, tuple(options.objectives), gpus, parts, config.name, outlet
-    )
+    root, folder = run_store(config).url, str(local_folder(config))
+    objectives = tuple(options.objectives)
+    return Shared(to_plain(run), root, folder, objectives, gpus, parts, config.name, outlet)
 
 
 def _check_measurable(config: SearchConfig, pairs: set[str | None]) -> None:
@@ -330,4 +330,4 @@ def _clean_up(config: SearchConfig, campaign: Campaign) -> None:
     """What an interruption between a trial's record and its cleaning has left."""
     for trial in campaign.trials():
         keep = trial.phase == REPEATED and trial.strategy == "best"
-        clean(run_store(config).child(f"runs/{trial.id}"), keep)
+        clean(run_store(config).child(f"{RUNS}/{trial.id}"), keep)

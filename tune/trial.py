@@ -25,7 +25,7 @@ from cluster.exporter import Outlet
 from cluster.held_out import model_of
 from cluster.labeler import open_stores
 from cluster.pipeline import uses_store
-from cluster.trainer import local_folder, train
+from cluster.trainer import train
 from cluster.worker import CHECKPOINTS, MODEL, run_store
 from tune.campaign import Job
 from tune.objectives import OBJECTIVES
@@ -40,6 +40,7 @@ from unimrg.sample import Task
 from unimrg.storage import Store
 
 CURVE = "curve.json"
+RUNS = "runs"
 MOST_LOSSES = 200
 LOSSES = ("step", "loss/total", "loss/understanding", "loss/pixel", "loss/depth", "loss/segmentation")
 
@@ -48,12 +49,13 @@ LOSSES = ("step", "loss/total", "loss/understanding", "loss/pixel", "loss/depth"
 class Shared:
     """What all trials know.
 
-    config: the run's, plain; root: URL of the search's folder; parts: by phase; search: its name; outlet: to
-    Prometheus.
+    config: the run's, plain; root: URL of the search's folder; folder: the one on the driver's machine;
+    parts: by phase; search: its name; outlet: to Prometheus.
     """
 
     config: dict[str, Any]
     root: str
+    folder: str
     objectives: tuple[str, ...]
     gpus: int
     parts: dict[str, Any]
@@ -84,7 +86,7 @@ def configured(shared: Shared, job: Job) -> RunConfig:
     """The run of a trial."""
     config = from_plain(copy.deepcopy(shared.config))
     config.name, config.seed = job.id, job.seed
-    config.storage_path = f"{shared.root}/runs"
+    config.storage_path = f"{shared.root}/{RUNS}"
     for key, value in job.changes.items():
         *sections, name = key.split(".")
         section: Any = config
@@ -104,7 +106,8 @@ def clean(store: Store, keep_model: bool) -> None:
 
 def _train(config: RunConfig, job: Job, shared: Shared, trial: Trial) -> None:
     """Train from rung to rung, score, and stop where the trial is behind; fills `trial`."""
-    store, folder = run_store(config), local_folder(config)
+    # Not `local_folder`, since Ray Tune gives every trial a working directory of its own.
+    store, folder = run_store(config), Path(shared.folder) / RUNS / job.id
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(redacted(config), sort_keys=False))
     stored = open_stores(config, wait=False) if uses_store(config) else None

@@ -18,7 +18,7 @@ import json
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,10 +93,13 @@ class Saver:
 
     `begin` copies this rank's state to the host's memory and returns; a thread writes it. `finish` agrees
     with the other ranks that all have written, and then makes the checkpoint exist. All ranks call both.
+
+    before: called by rank 0 for every checkpoint, in the thread that writes, before it can exist.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, before: Callable[[], None] = lambda: None) -> None:
         self.store = store
+        self._before = before
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -157,6 +160,7 @@ class Saver:
         try:
             write_part(self.store, f"{name}/{PART.format(rank)}", tensors)
             if rank == 0:
+                self._before()
                 self.store.write_bytes(f"{name}/{STATE}", json.dumps(asdict(progress), indent=1).encode())
         except Exception as error:  # told by `finish`, in the thread that trains
             self._error = error
