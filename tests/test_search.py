@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import pytest
 from tune.campaign import Campaign, Job
 from tune.config import SearchConfig
 from tune.objectives import OBJECTIVES
+from tune.outcome import Outcome
 from tune.records import REPEATED, SEARCHED, Trial
 from tune.space import Dimension, grid, grid_levels, searched
 from tune.strategies import make_strategy
 from unimrg.compose import compose
+from unimrg.config import RunConfig
 from unimrg.errors import ConfigError, UnimrgError
+from unimrg.storage import Store
 
 PLANTED = {"weights.pixel": 0.3, "weights.depth": 1.7, "weights.segmentation": 0.08}
 
@@ -42,7 +46,7 @@ def finish(job: Job, value: Callable[[dict[str, Any]], float] = planted, steps: 
         if step in job.least and curve[-1]["accuracy"] < job.least[step]:
             state = "stopped"
             break
-    values = dict.fromkeys(OBJECTIVES, score) | curve[-1]
+    values = dict.fromkeys(OBJECTIVES, score) | {"accuracy": float(curve[-1]["accuracy"])}
     return Trial(
         job.id, job.strategy, job.phase, job.number, job.seed, job.changes, state, int(curve[-1]["step"]),
         1.0, values, curve,
@@ -216,6 +220,25 @@ def test_a_failed_trial_stops_nothing() -> None:
         "equal-001",
         "default-seed-1",
     }
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_the_default_is_handed_out_where_the_best_does_not_hold(started: bool, tmp_path: Path) -> None:
+    """Also where the search's own trial of it failed; best.yaml is a config that a run reads."""
+    options = config("name=search", "search.trials=6", "search.repeats=2", "data.manifest=mine.json")
+    campaign = Campaign(options, 2)
+    while not campaign.done:
+        job = campaign.next()
+        assert job is not None
+        lucky = job.phase == SEARCHED or job.strategy == "default"
+        trial = finish(job, planted if lucky else lambda changes: -1.0)
+        campaign.tell(trial if started or job.id != "start" else failed(job))
+    outcome = Outcome(options, (options, RunConfig()), campaign, tmp_path, "")
+    outcome.end(Store.at(str(tmp_path)), 1.0)
+    best = (tmp_path / "best.yaml").read_text()
+    assert best.startswith("# start of the search search: ") and (" nothing on" in best) is not started
+    found = compose("train", [f"experiment={tmp_path / 'best.yaml'}"], RunConfig)
+    assert found.data.manifest == "mine.json" and found.weights == options.weights
 
 
 def test_when_all_fail_the_search_ends_early() -> None:
