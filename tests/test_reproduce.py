@@ -26,12 +26,13 @@ from unimrg.families.encoder import grey
 from unimrg.report.markup import escape
 from unimrg.reproduce import __main__ as command
 from unimrg.reproduce import analysis, runs, scoring, trial
-from unimrg.reproduce.base import BaseConfig, make_base
+from unimrg.reproduce.base import BaseConfig, make_base, redrawing
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.data import Example, asked, chosen, examples, item, order, sample
-from unimrg.reproduce.models import RECIPES, ids_of
+from unimrg.reproduce.models import RECIPES
 from unimrg.reproduce.page import write_page
 from unimrg.reproduce.scoring import greedily_right, language_head, score
+from unimrg.reproduce.words import ids_of, rotation
 from unimrg.reproduce.world import COLUMNS, FAMILIES, MAKERS, ROWS, Picture, asks, names, pictures
 from unimrg.sample import IMAGE_TASKS, Task
 
@@ -183,6 +184,74 @@ def test_columns_lie_along_a_line() -> None:
     near = torch.nn.functional.cosine_similarity(rows[:-1], rows[1:])
     far = torch.nn.functional.cosine_similarity(rows[:1], rows[4:])
     assert near.min() > far.max()
+
+
+def rope(states: Tensor, positions: Tensor, model: Any) -> Tensor:
+    """[T, heads, d] turned by rotary positions, as the language model does."""
+    cos, sin = model.llm.model.rotary_emb(states[None], positions[None])
+    one, two = states.chunk(2, -1)
+    return states * cos[0, :, None] + torch.cat([-two, one], -1) * sin[0, :, None]
+
+
+@pytest.mark.parametrize("away", [0, 100, 200])
+@torch.no_grad()
+def test_a_buffer_looks_at_its_cell(away: int) -> None:
+    """By the column and row that name both, whatever else names the cell, and `away` tokens apart."""
+    model, tokenizer = built()
+    table, both = looking("harmon")
+    across, down, colours = (
+        table[ids_of(tokenizer, some)] for some in (tuple(COLUMNS), tuple(ROWS), COLOURS)
+    )
+    places = torch.arange(len(COLUMNS) * len(ROWS))
+    names_ = across[places % len(COLUMNS)] + down[places // len(COLUMNS)]
+    query, _ = both(names_ @ rotation(table.shape[1]).T)
+    _, key = both(names_ + colours[places % len(COLOURS)])
+    query, key = rope(query, places + len(places) + away, model), rope(key, places, model)
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[-1])
+    for head in scores[len(scores) // 2 :]:
+        assert (head.argmax(1) == places).all()
+
+
+@torch.no_grad()
+def test_a_cell_to_be_drawn_looks_at_its_buffer() -> None:
+    mar: Any = built()[0].mar
+    places, attention, told = (
+        torch.arange(len(COLUMNS) * len(ROWS)),
+        mar.decoder_blocks[0].attn,
+        torch.randn(64, 128),
+    )
+    table = mar.decoder_pos_embed_learned[0].clone()
+    table[: len(places)] += told / 2  # what the buffers carry
+    query, key, _ = (
+        attention.qkv(mar.decoder_blocks[0].norm1(table)).unflatten(-1, (3, attention.heads, -1)).unbind(1)
+    )
+    scores = torch.einsum("qhd,khd->hqk", query[len(places) :], key) / math.sqrt(query.shape[-1])
+    assert scores.softmax(-1)[:, places, places].mean() > 0.9
+
+
+def test_a_guess_is_of_the_masked_cells_and_learns_beside_the_model() -> None:
+    model, tokenizer = RECIPES["harmon"].build(0)
+    assert RECIPES["harmon"].guess is not None
+    guess: Any = RECIPES["harmon"].guess(model)
+    settings = TrainConfig(prompt_dropout=0.0)
+    make = load_family("harmon").processor(model, tokenizer, settings, (Task.PIXEL,), 0, from_codes=True)
+    batch = make([sample(one, k, (), one.codes) for k, one in enumerate(encoded()[:2])])
+    model(batch)
+    first = guess.loss(batch)
+    first.backward()
+    assert model.mar.decoder_embed.weight.grad.abs().sum() > 0, "the model is taught by it"
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    guess.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert guess.loss(batch) < first
+    latents = model.codes_of(batch)[batch.target_source]
+    guess.told = torch.full_like(guess.told, 1e9)
+    guess.told.flatten(0, 1)[batch.loss_rows, : latents.shape[-1]] = latents.flatten(0, 1)[batch.loss_rows]
+    with torch.no_grad():
+        guess.linear.weight.copy_(torch.eye(*guess.linear.weight.shape))
+        guess.linear.bias.zero_()
+        guess.told[..., latents.shape[-1] :] = 0
+    assert guess.loss(batch) == 0, "visible cells aren't asked for"
 
 
 @pytest.mark.parametrize("family", RECIPES)
@@ -534,6 +603,20 @@ def test_the_base_sees_what_shortcuts_don_t_tell(family: str) -> None:
     found = {line.family: line for line in lines(*score(*base(family), family, fresh_pictures(family)))}
     seen = [name for name in FAMILIES if found[name].interval.low > found[name].best_reference]
     assert len(seen) >= 3, {name: (line.accuracy, line.best_reference) for name, line in found.items()}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_base_looks_while_it_draws() -> None:
+    """A redraw is nearer to its picture than the mean picture is, and another picture's is harder to draw."""
+    data, (model, tokenizer) = fresh_pictures("harmon"), base("harmon")
+    found = redrawing(BaseConfig(), model, tokenizer, data, data)
+    assert found["psnr"] > found["psnr_of_mean"] + 3, found
+    settings = TrainConfig(prompt_dropout=0.0)
+    make = load_family("harmon").processor(model, tokenizer, settings, (Task.PIXEL,), 0, from_codes=True)
+    batch = make([sample(one, k, (), one.codes) for k, one in enumerate(data[:32])])
+    own, other = (float(model.eval()(one)[Task.PIXEL].mean) for one in (batch, trial.turned(batch)))
+    assert own < 0.6 * other, (own, other)
 
 
 @pytest.mark.slow

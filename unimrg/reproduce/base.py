@@ -3,7 +3,9 @@
     python -m unimrg.reproduce.base outputs/base
 
 Three phases: the picture's cells are named (colour, shape, column, row, by the words of answers); then come
-questions, with "Where is red?" among them and naming rehearsed; then questions together with redrawing. The
+questions, with "Where is red?" among them and naming rehearsed; then questions together with redrawing. There
+a linear guess at what is drawn is trained beside, and dropped in the end, because a diffusion head that has
+learnt to do without the picture hardly asks for it. The
 folder is one of `save_pretrained`, with its tokenizer and `base.json`, what was done and how good it is. A
 phase that is finished is kept in it and not trained again.
 """
@@ -36,9 +38,10 @@ from unimrg.families import load_family
 from unimrg.families.base import DrawOptions, Family
 from unimrg.losses import combine
 from unimrg.reproduce.data import Example, chosen, examples, order, sample, stored
-from unimrg.reproduce.models import NAMES, RECIPES, Recipe, ids_of
+from unimrg.reproduce.models import RECIPES, Guess, Recipe
 from unimrg.reproduce.scoring import score
-from unimrg.reproduce.world import FAMILIES
+from unimrg.reproduce.words import NAMES, ids_of
+from unimrg.reproduce.world import COLUMNS, FAMILIES, ROWS
 from unimrg.sample import Sample, Task
 from unimrg.weights import load_strictly
 
@@ -51,19 +54,23 @@ DRAWN, TEMPERATURE = 32, 0.5  # held-out pictures that are redrawn, and how
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The recipe. rates: peaks of the three phases. rehearsal: weight of naming beside questions."""
+    """The recipe. rates: peaks of the three phases. rehearsal: weight of naming beside questions.
+
+    pixel: weight of redrawing; guess: of the linear guess at it, where the family has one.
+    """
 
     family: str = "harmon"
     pictures: int = 4000
     naming_steps: int = 400
     question_steps: int = 700
-    drawing_steps: int = 1200
+    drawing_steps: int = 1000
     naming_batch: int = 32
     batch: int = 16
     questions: int = 12
     rates: tuple[float, float, float] = (2e-3, 1.5e-3, 7e-4)
     rehearsal: float = 0.2
-    pixel: float = 0.3
+    pixel: float = 0.5
+    guess: float = 0.5
     test: int = 200
     seed: int = 0
 
@@ -101,8 +108,9 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
             load_strictly(model, load_file(done), str(done))
             continue
         engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
+        guess = recipe.guess(model) if recipe.guess and Task.PIXEL in tasks else None
         for step, some in enumerate(_shown(config, data["train"], steps, bool(tasks), number)):
-            said = _step(engine, make_batch if tasks else None, name, config, some, step)
+            said = _step(engine, make_batch if tasks else None, name, guess, config, some, step)
             if (step + 1) % REPORT_EVERY == 0:
                 tell(f"phase {number + 1}, step {step + 1} of {steps}: {said}")
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, done)
@@ -113,12 +121,12 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
         "cpu_seconds": round(time.process_time() - started, 1),
         "scores": {line.family: line.accuracy for line in found},
         "references": {line.family: line.best_reference for line in found},
-        "redrawing": _redrawing(config, model, tokenizer, data["train"], data["test"]),
+        "redrawing": redrawing(config, model, tokenizer, data["train"], data["test"]),
     }
     save(model, tokenizer, folder, result)
 
 
-def _redrawing(
+def redrawing(
     config: BaseConfig, model: Family, tokenizer: Any, known: Sequence[Example], new: Sequence[Example]
 ) -> dict[str, float]:
     """Mean PSNR in dB of redrawn held-out pictures, and of the mean picture in their place."""
@@ -152,7 +160,13 @@ def _shown(
 
 
 def _step(
-    engine: Engine, make_batch: Any, name: Naming, config: BaseConfig, some: Sequence[Example], step: int
+    engine: Engine,
+    make_batch: Any,
+    name: Naming,
+    guess: Guess | None,
+    config: BaseConfig,
+    some: Sequence[Example],
+    step: int,
 ) -> str:
     """One update: naming alone without `make_batch`, else what its processor trains, and naming rehearsed."""
     engine.model.train()
@@ -164,9 +178,15 @@ def _step(
         said = "".join(
             f", {task} {float(loss.mean.detach()):.3f}" for task, loss in losses.items() if loss.count
         )
+        if guess is not None:
+            guessed = guess.loss(batch)
+            total = total + config.guess * guessed
+            said += f", guess {float(guessed.detach()):.3f}"
     named = name(some)
     engine.backward(total + (1.0 if make_batch is None else config.rehearsal) * named, True)
     engine.step()
+    if guess is not None:
+        guess.step()
     return f"naming {float(named.detach()):.3f}{said}"
 
 
@@ -190,12 +210,18 @@ def _asked(config: BaseConfig, some: Sequence[Example], step: int) -> list[Sampl
 def _naming(model: Family, recipe: Recipe, tokenizer: Any) -> Naming:
     """Cross-entropy of the names of cells against the words' embeddings: colour, shape, column and row."""
     words = [torch.tensor(ids_of(tokenizer, some)) for some in NAMES]
+    places = torch.arange(len(COLUMNS) * len(ROWS))
 
     def loss(some: Sequence[Example]) -> Tensor:
         names = torch.from_numpy(np.stack([example.names for example in some]))
         cells = F.normalize(recipe.cells(model, some), dim=-1) * SHARPNESS
         known = [model.get_input_embeddings()(ids) for ids in words]
         parts = [_named(cells @ F.normalize(one, dim=-1).T, names[:, k]) for k, one in enumerate(known)]
+        if recipe.buffers is not None:
+            buffers = F.normalize(recipe.buffers(model, some), dim=-1) * SHARPNESS
+            for one, label in zip(known[2:], (places % len(COLUMNS), places // len(COLUMNS)), strict=True):
+                scores = buffers @ F.normalize(one, dim=-1).T
+                parts.append(_named(scores, label.expand(len(buffers), -1)))
         return torch.stack(parts).sum()
 
     return loss
