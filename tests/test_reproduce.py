@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -513,6 +517,31 @@ def test_sizes(size: str) -> None:
     config = compose("reproduce", [f"size={size}"], ReproduceConfig)
     assert config.seeds >= {"laptop": 3, "gpu": 8}[size]
     assert config.test * 13 >= 4000 and set(config.arms) == set(ARMS)
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """In the middle of a trial, without a word from the command."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from unimrg.reproduce.runs import end_with_parent\n"
+        "def trial(path):\n"
+        "    open(path, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn'), initializer=end_with_parent) as pool:\n"
+        "        pool.submit(trial, sys.argv[1]).result()\n"
+    )
+    told = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, str(script), str(told)]) as command:
+        while not (told.exists() and told.read_text()):
+            assert command.poll() is None
+            time.sleep(0.05)
+        worker = psutil.Process(int(told.read_text()))
+        command.kill()
+    worker.wait(timeout=30)
 
 
 def test_a_missing_base_says_how_to_make_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -106,10 +107,23 @@ def _finished(
         return
     # Spawned: a fork would copy torch's threads and locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.workers, len(missing)), context) as pool:
+    workers = min(config.workers, len(missing))
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         waiting = {pool.submit(_run, config, base, folder, trial, paths[trial]): trial for trial in missing}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
+
+
+def end_with_parent() -> None:
+    """In a worker: end when the command is killed, also in the middle of a trial, which nobody waits for."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="parent").start()
 
 
 def _run(config: ReproduceConfig, base: Path, folder: Path, trial: Trial, path: Path) -> Result:
