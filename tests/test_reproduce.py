@@ -30,7 +30,9 @@ from unimrg.families.encoder import grey
 from unimrg.report.markup import escape
 from unimrg.reproduce import __main__ as command
 from unimrg.reproduce import analysis, runs, scoring, trial
-from unimrg.reproduce.base import BaseConfig, make_base
+from unimrg.reproduce.base import BaseConfig, Lesson, make_base, phases, redrawing
+from unimrg.reproduce.changes import CHANGES, asked_for, changed
+from unimrg.reproduce.changes import NAMES as DRAWINGS
 from unimrg.reproduce.config import ARMS, ReproduceConfig
 from unimrg.reproduce.data import Example, asked, chosen, examples, item, order, sample
 from unimrg.reproduce.models import RECIPES
@@ -39,6 +41,7 @@ from unimrg.reproduce.scoring import greedily_right, language_head, score
 from unimrg.reproduce.words import ids_of, rotation
 from unimrg.reproduce.world import COLUMNS, FAMILIES, MAKERS, ROWS, Picture, asks, names, pictures
 from unimrg.sample import IMAGE_TASKS, Task
+from unimrg.tasks import PROMPTS
 
 
 @cache
@@ -236,26 +239,60 @@ def test_a_cell_to_be_drawn_looks_at_its_buffer() -> None:
 def test_a_guess_is_of_the_masked_cells_and_learns_beside_the_model() -> None:
     model, tokenizer = RECIPES["harmon"].build(0)
     assert RECIPES["harmon"].guess is not None
-    guess: Any = RECIPES["harmon"].guess(model)
+    guess: Any = RECIPES["harmon"].guess(model, 2)
     settings = TrainConfig(prompt_dropout=0.0)
     make = load_family("harmon").processor(model, tokenizer, settings, (Task.PIXEL,), 0, from_codes=True)
     batch = make([sample(one, k, (), one.codes) for k, one in enumerate(encoded()[:2])])
     model(batch)
-    first = guess.loss(batch)
+    first = guess.loss(batch, [0, 1])
     first.backward()
     assert model.mar.decoder_embed.weight.grad.abs().sum() > 0, "the model is taught by it"
     before = [parameter.detach().clone() for parameter in model.parameters()]
     guess.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert guess.loss(batch) < first
+    assert guess.loss(batch, [0, 1]) < first
+    assert guess.loss(batch, [0, 1]) != guess.loss(batch, [1, 0]), "each kind has its own map"
     latents = model.codes_of(batch)[batch.target_source]
     guess.told = torch.full_like(guess.told, 1e9)
     guess.told.flatten(0, 1)[batch.loss_rows, : latents.shape[-1]] = latents.flatten(0, 1)[batch.loss_rows]
     with torch.no_grad():
-        guess.linear.weight.copy_(torch.eye(*guess.linear.weight.shape))
-        guess.linear.bias.zero_()
+        guess.maps[1].weight.copy_(torch.eye(*guess.maps[1].weight.shape))
+        guess.maps[1].bias.zero_()
         guess.told[..., latents.shape[-1] :] = 0
-    assert guess.loss(batch) == 0, "visible cells aren't asked for"
+    assert guess.loss(batch, [1, 1]) == 0, "visible cells aren't asked for"
+
+
+def test_changes_are_of_the_picture() -> None:
+    picture = encoded()[0].image
+    drawn = {name: np.asarray(change(picture)) for name, change in CHANGES.items()}
+    assert {one.shape for one in drawn.values()} == {picture.shape}
+    assert (drawn["picture"] == picture).all() and (255 - drawn["negative"] == picture).all()
+    assert (drawn["swapped colours"][..., ::-1] == picture).all()
+    assert (drawn["red part"] == picture[..., :1]).all() and (drawn["blue part"] == picture[..., 2:]).all()
+    assert (np.ptp(drawn["greyscale"], axis=-1) == 0).all()
+    assert np.abs(2.0 * drawn["dark version"] - picture).max() <= 1
+
+
+def test_a_base_is_told_what_to_draw() -> None:
+    """Every drawing's prompt names what its target is; the picture itself is asked for as redrawing is."""
+    model, tokenizer = built()
+    encoder = load_family("harmon").picture_encoder(FamilyConfig(name="harmon"))
+    config, phase = BaseConfig(), phases(BaseConfig())[-1]
+    settings = TrainConfig(prompt_dropout=0.0)
+    make = load_family("harmon").processor(model, tokenizer, settings, phase.tasks, 0, from_codes=True)
+    lesson = Lesson(config, phase, lambda some: torch.zeros(()), make, encoder, None)
+    said = []
+    make.drawing_branch = lambda text, *rest, real=make.drawing_branch: said.append(text) or real(text, *rest)
+    samples = lesson.samples(encoded(), 3)
+    batch = make(samples)
+    kinds = [asked_for(one.position, config.seed) for one in samples]
+    assert len(set(kinds)) > 3 and [lesson.kind(one.position) for one in samples] == kinds
+    drawn = batch.codes[batch.target_source].numpy()
+    assert np.allclose(drawn, changed(encoder, [example.image for example in encoded()], kinds), atol=1e-5)
+    assert len(said) == len(samples)
+    for text, kind in zip(said, kinds, strict=True):
+        assert text in PROMPTS[Task.PIXEL] if kind == 0 else DRAWINGS[kind] in text
+    assert 0.4 < np.mean([asked_for(k, 0) == 0 for k in range(1000)]) < 0.6
 
 
 @pytest.mark.parametrize("family", RECIPES)
@@ -563,7 +600,14 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_experiment_small_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = BaseConfig(
-        pictures=32, test=8, naming_steps=2, question_steps=2, drawing_steps=1, batch=4, naming_batch=4
+        pictures=32,
+        test=8,
+        naming_steps=2,
+        question_steps=2,
+        drawing_steps=1,
+        listening_steps=1,
+        batch=4,
+        naming_batch=4,
     )
     make_base(recipe, tmp_path / "base", lambda words: None)
     stored = json.loads((tmp_path / "base" / "base.json").read_text())
@@ -632,6 +676,20 @@ def test_the_base_sees_what_shortcuts_don_t_tell(family: str) -> None:
     found = {line.family: line for line in lines(*score(*base(family), family, fresh_pictures(family)))}
     seen = [name for name in FAMILIES if found[name].interval.low > found[name].best_reference]
     assert len(seen) >= 3, {name: (line.accuracy, line.best_reference) for name, line in found.items()}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_base_looks_while_it_draws() -> None:
+    """A redraw is nearer to its picture than the mean picture is, and another picture's is harder to draw."""
+    data, (model, tokenizer) = fresh_pictures("harmon"), base("harmon")
+    found = redrawing(BaseConfig(), model, tokenizer, data, data)
+    assert found["psnr"] > found["psnr_of_mean"] + 3, found
+    settings = TrainConfig(prompt_dropout=0.0)
+    make = load_family("harmon").processor(model, tokenizer, settings, (Task.PIXEL,), 0, from_codes=True)
+    batch = make([sample(one, k, (), one.codes) for k, one in enumerate(data[:32])])
+    own, other = (float(model.eval()(one)[Task.PIXEL].mean) for one in (batch, trial.turned(batch)))
+    assert own < 0.7 * other, (own, other)
 
 
 @pytest.mark.slow

@@ -101,7 +101,8 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
     tasks: the tasks to train on; others are left out of the batch. max_text_tokens: longer conversations are
     cut at the right and counted in `Batch.notes`. prompt_dropout: share of unconditional redrawing prompts.
     grey_codes: codes of the grey picture (`Family.grey_codes`) if batches are made from `Sample.codes`, None
-    if from pixels. Ranks must agree, also where a batch has no picture.
+    if from pixels. Ranks must agree, also where a batch has no picture. prompt_of: sample, task and generator
+    to a drawing's prompt; to be set where something is asked for that `tasks.PROMPTS` has no words for.
     """
 
     config: Any
@@ -123,6 +124,7 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
         self.max_text_tokens = max_text_tokens
         self.prompt_dropout = prompt_dropout
         self.grey_codes = grey_codes
+        self.prompt_of = self._paraphrase
 
     def __call__(self, samples: Sequence[Sample]) -> BatchT:
         """Pack samples, each one row.
@@ -204,11 +206,14 @@ class PackedProcessor(ABC, Generic[TargetT, BatchT]):
     def draw_branch(self, sample: Sample, task: Task, image: int, pictures: Pictures) -> Branch[TargetT]:
         """A drawing of a sample from condition `image`."""
         rng = np.random.default_rng((self.seed, sample.position, IMAGE_TASKS.index(task)))
-        text = choose_prompt(task, rng, self.prompt_dropout)
+        text = self.prompt_of(sample, task, rng)
         source = image
         if task is not Task.PIXEL:
             source = pictures.add_extra(*self._picture(sample, task.value, self.grey_codes is None))
         return self.drawing_branch(text, image, self.make_target(task, source, sample, rng))
+
+    def _paraphrase(self, sample: Sample, task: Task, rng: np.random.Generator) -> str:
+        return choose_prompt(task, rng, self.prompt_dropout)
 
     def _picture(self, sample: Sample, name: str, needs_pixels: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Pixels of a sample's picture, of side 0 if they aren't needed, and its codes if they are."""

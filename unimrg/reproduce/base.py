@@ -2,12 +2,12 @@
 
     python -m unimrg.reproduce.base outputs/base
 
-Three phases: the picture's cells are named (colour, shape, column, row, by the words of answers); then come
-questions, with "Where is red?" among them and naming rehearsed; then questions together with redrawing. There
-a linear guess at what is drawn is trained beside, and dropped in the end, because a diffusion head that has
-learnt to do without the picture hardly asks for it. The
-folder is one of `save_pretrained`, with its tokenizer and `base.json`, what was done and how good it is. A
-phase that is finished is kept in it and not trained again.
+Four phases: the picture's cells are named (colour, shape, column, row, by the words of answers); then come
+questions, with "Where is red?" among them and naming rehearsed; then questions together with redrawing; then
+with several drawings, asked for by name (`changes`). In the last two a linear guess at what is drawn is
+trained beside, and dropped in the end, because a diffusion head that has learnt to do without the picture
+hardly asks for it. The folder is one of `save_pretrained`, with its tokenizer and `base.json`, what was done
+and how good it is. A phase that is finished is kept in it and not trained again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ from unimrg.engine import Engine, make_engine
 from unimrg.errors import ConfigError, UnimrgError
 from unimrg.families import load_family
 from unimrg.families.base import DrawOptions, Family
+from unimrg.families.encoder import PictureEncoder
 from unimrg.losses import combine
+from unimrg.reproduce.changes import NAMES, asked_for, changed, prompt
 from unimrg.reproduce.data import Example, chosen, examples, order, sample, stored
 from unimrg.reproduce.models import RECIPES, Guess, Recipe
 from unimrg.reproduce.scoring import score
-from unimrg.reproduce.words import NAMES, ids_of
+from unimrg.reproduce.words import NAMES as WORDS
+from unimrg.reproduce.words import ids_of
 from unimrg.reproduce.world import COLUMNS, FAMILIES, ROWS
 from unimrg.sample import Sample, Task
 from unimrg.weights import load_strictly
@@ -49,30 +52,53 @@ BASE_SEED = 1  # of its pictures: arms draw others
 SHARPNESS = 8.0  # factor on the cosines of naming
 NOTHING, EMPTY = 1.0, 0.2  # score, and weight in the loss, of a cell that shows nothing
 REPORT_EVERY = 50
+TRAIN = TrainConfig(prompt_dropout=0.0)
 DRAWN, TEMPERATURE = 32, 0.5  # held-out pictures that are redrawn, and how
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The recipe. rates: peaks of the three phases. rehearsal: weight of naming beside questions.
+    """The recipe. rates: peaks of the four phases. rehearsal: weight of naming beside questions.
 
-    pixel: weight of redrawing; guess: of the linear guess at it, where the family has one.
+    draw: weight of drawings; guess: of the linear guess at them, where the family has one.
     """
 
     family: str = "harmon"
     pictures: int = 4000
     naming_steps: int = 400
     question_steps: int = 700
-    drawing_steps: int = 1000
+    drawing_steps: int = 500
+    listening_steps: int = 700
     naming_batch: int = 32
     batch: int = 16
     questions: int = 12
-    rates: tuple[float, float, float] = (2e-3, 1.5e-3, 7e-4)
+    rates: tuple[float, float, float, float] = (2e-3, 1.5e-3, 7e-4, 7e-4)
     rehearsal: float = 0.2
-    pixel: float = 0.5
+    draw: float = 0.5
     guess: float = 0.5
     test: int = 200
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """tasks: trained beside naming. drawn: of `changes.NAMES`, what drawings are asked for."""
+
+    steps: int
+    tasks: tuple[Task, ...] = ()
+    drawn: tuple[str, ...] = ()
+
+
+def phases(config: BaseConfig) -> tuple[Phase, ...]:
+    """In their order."""
+    asking = Task.UNDERSTANDING
+    return (
+        Phase(config.naming_steps),
+        Phase(config.question_steps, (asking,)),
+        Phase(config.drawing_steps, (asking, Task.PIXEL), NAMES[:1]),
+        # A changed picture takes the place of depth, since redrawing's target is always the picture itself.
+        Phase(config.listening_steps, (asking, Task.DEPTH), NAMES),
+    )
 
 
 Naming = Callable[[Sequence[Example]], Tensor]
@@ -94,25 +120,26 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
     }
     started = time.process_time()
     name = _naming(model, recipe, tokenizer)
-    train = TrainConfig(batch_size=config.batch, learning_rate=config.rates[0], prompt_dropout=0.0)
-    phases = (
-        (config.naming_steps, ()),
-        (config.question_steps, (Task.UNDERSTANDING,)),
-        (config.drawing_steps, (Task.UNDERSTANDING, Task.PIXEL)),
-    )
-    for number, (steps, tasks) in enumerate(phases):
-        settings = replace(train, steps=max(steps, 1), learning_rate=config.rates[number])
-        make_batch = family.processor(model, tokenizer, settings, tasks, config.seed, from_codes=True)
+    for number, phase in enumerate(phases(config)):
         done = folder / "phases" / f"{number + 1}.safetensors"
         if done.is_file():
             load_strictly(model, load_file(done), str(done))
             continue
+        settings = replace(
+            TRAIN, batch_size=config.batch, steps=max(phase.steps, 1), learning_rate=config.rates[number]
+        )
+        make_batch = None
+        if phase.tasks:
+            make_batch = family.processor(
+                model, tokenizer, settings, phase.tasks, config.seed, from_codes=True
+            )
+        guess = recipe.guess(model, len(phase.drawn)) if recipe.guess and phase.drawn else None
+        lesson = Lesson(config, phase, name, make_batch, encoder, guess)
         engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
-        guess = recipe.guess(model) if recipe.guess and Task.PIXEL in tasks else None
-        for step, some in enumerate(_shown(config, data["train"], steps, bool(tasks), number)):
-            said = _step(engine, make_batch if tasks else None, name, guess, config, some, step)
+        for step, some in enumerate(_shown(config, data["train"], phase, number)):
+            said = lesson.step(engine, some, step)
             if (step + 1) % REPORT_EVERY == 0:
-                tell(f"phase {number + 1}, step {step + 1} of {steps}: {said}")
+                tell(f"phase {number + 1}, step {step + 1} of {phase.steps}: {said}")
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, done)
     found = lines(*score(model, tokenizer, config.family, data["test"]))
     tell(table(found))
@@ -130,8 +157,7 @@ def redrawing(
     config: BaseConfig, model: Family, tokenizer: Any, known: Sequence[Example], new: Sequence[Example]
 ) -> dict[str, float]:
     """Mean PSNR in dB of redrawn held-out pictures, and of the mean picture in their place."""
-    settings = TrainConfig(prompt_dropout=0.0)
-    processor = load_family(config.family).processor(model, tokenizer, settings, (Task.PIXEL,), config.seed)
+    processor = load_family(config.family).processor(model, tokenizer, TRAIN, (Task.PIXEL,), config.seed)
     pictures = [example.image for example in new[:DRAWN]]
     mean = np.mean([example.image for example in known], axis=0).round().astype(np.uint8)
     drawn = model.eval().draw(processor, pictures, Task.PIXEL, DrawOptions(temperature=TEMPERATURE))
@@ -150,58 +176,75 @@ def _same_recipe(config: BaseConfig, folder: Path) -> None:
     path.write_text(mine, "utf-8")
 
 
-def _shown(
-    config: BaseConfig, data: Sequence[Example], steps: int, asks: bool, phase: int
-) -> Iterator[list[Example]]:
+def _shown(config: BaseConfig, data: Sequence[Example], phase: Phase, number: int) -> Iterator[list[Example]]:
     """The examples of every step of a phase."""
-    batch = config.batch if asks else config.naming_batch
-    for numbers in order(len(data), steps, batch, config.seed * len(config.rates) + phase):
+    batch = config.batch if phase.tasks else config.naming_batch
+    for numbers in order(len(data), phase.steps, batch, 3 * config.seed + number):
         yield [data[k] for k in numbers]
 
 
-def _step(
-    engine: Engine,
-    make_batch: Any,
-    name: Naming,
-    guess: Guess | None,
-    config: BaseConfig,
-    some: Sequence[Example],
-    step: int,
-) -> str:
-    """One update: naming alone without `make_batch`, else what its processor trains, and naming rehearsed."""
-    engine.model.train()
-    total, said = torch.zeros(()), ""
-    if make_batch is not None:
-        batch = make_batch(_asked(config, some, step))
+@dataclass
+class Lesson:
+    """A phase's step: naming, and beside it what `make_batch`, the phase's processor, makes of samples.
+
+    encoder: of changed pictures. guess: trained beside the model where it draws.
+    """
+
+    config: BaseConfig
+    phase: Phase
+    name: Naming
+    make_batch: Any
+    encoder: PictureEncoder
+    guess: Guess | None
+
+    def __post_init__(self) -> None:
+        if len(self.phase.drawn) > 1:
+            self.make_batch.prompt_of = lambda sample, _, rng: prompt(self.kind(sample.position), rng)
+
+    def kind(self, position: int) -> int:
+        """Which of the phase's drawings the sample at `position` is asked for."""
+        return asked_for(position, self.config.seed) if len(self.phase.drawn) > 1 else 0
+
+    def step(self, engine: Engine, some: Sequence[Example], step: int) -> str:
+        """One update; says what it cost."""
+        engine.model.train()
+        named = self.name(some)
+        total, said = named, f"naming {float(named.detach()):.3f}"
+        if self.make_batch is not None:
+            losses, words = self._taught(engine, self.samples(some, step))
+            total, said = losses + self.config.rehearsal * named, said + words
+        engine.backward(total, True)
+        engine.step()
+        if self.guess is not None:
+            self.guess.step()
+        return said
+
+    def _taught(self, engine: Engine, samples: Sequence[Sample]) -> tuple[Tensor, str]:
+        """Loss of questions, drawings and the guess at them."""
+        batch, draw = self.make_batch(samples), self.config.draw
         losses = engine.forward(batch, True)
-        total = combine(losses, {Task.UNDERSTANDING: 1.0, Task.PIXEL: config.pixel}, batch.counts)
-        said = "".join(
-            f", {task} {float(loss.mean.detach()):.3f}" for task, loss in losses.items() if loss.count
-        )
-        if guess is not None:
-            guessed = guess.loss(batch)
-            total = total + config.guess * guessed
-            said += f", guess {float(guessed.detach()):.3f}"
-    named = name(some)
-    engine.backward(total + (1.0 if make_batch is None else config.rehearsal) * named, True)
-    engine.step()
-    if guess is not None:
-        guess.step()
-    return f"naming {float(named.detach()):.3f}{said}"
+        weights = {Task.UNDERSTANDING: 1.0, Task.PIXEL: draw, Task.DEPTH: draw}
+        total = combine(losses, weights, batch.counts)
+        said = {task.value: loss.mean for task, loss in losses.items() if loss.count}
+        if self.guess is not None:
+            said["guess"] = self.guess.loss(batch, [self.kind(sample.position) for sample in samples])
+            total = total + self.config.guess * said["guess"]
+        return total, "".join(f", {name} {float(loss.detach()):.3f}" for name, loss in said.items())
 
-
-def _asked(config: BaseConfig, some: Sequence[Example], step: int) -> list[Sample]:
-    families, first = ("where", *FAMILIES), step * len(some)
-    rngs = [np.random.default_rng([6, config.seed, first + k]) for k in range(len(some))]
-    return [
-        sample(
-            example,
-            first + k,
-            chosen(example, rngs[k], config.questions, families),
-            {"image": example.codes["image"]},
-        )
-        for k, example in enumerate(some)
-    ]
+    def samples(self, some: Sequence[Example], step: int) -> list[Sample]:
+        """Of a step: each example with some of its questions and what is to be drawn of it."""
+        first = step * len(some)
+        codes = [{"image": example.codes["image"]} for example in some]
+        if Task.DEPTH in self.phase.tasks:
+            kinds = [self.kind(first + k) for k in range(len(some))]
+            drawn = changed(self.encoder, [example.image for example in some], kinds)
+            codes = [one | {Task.DEPTH.value: picture} for one, picture in zip(codes, drawn, strict=True)]
+        rngs = [np.random.default_rng([6, self.config.seed, first + k]) for k in range(len(some))]
+        families = ("where", *FAMILIES)
+        return [
+            sample(example, first + k, chosen(example, rngs[k], self.config.questions, families), codes[k])
+            for k, example in enumerate(some)
+        ]
 
 
 # -- naming --------------------------------------------------------------------------------------------------
@@ -209,7 +252,7 @@ def _asked(config: BaseConfig, some: Sequence[Example], step: int) -> list[Sampl
 
 def _naming(model: Family, recipe: Recipe, tokenizer: Any) -> Naming:
     """Cross-entropy of the names of cells against the words' embeddings: colour, shape, column and row."""
-    words = [torch.tensor(ids_of(tokenizer, some)) for some in NAMES]
+    words = [torch.tensor(ids_of(tokenizer, some)) for some in WORDS]
     places = torch.arange(len(COLUMNS) * len(ROWS))
 
     def loss(some: Sequence[Example]) -> Tensor:

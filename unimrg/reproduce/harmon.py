@@ -130,23 +130,26 @@ def buffers(model: Harmon, some: Sequence[Example]) -> Tensor:
 
 
 class Guess:
-    """Cells that are to be drawn, by a linear map of what the diffusion head is told of them."""
+    """Cells that are to be drawn, by a linear map of what the diffusion head is told of them.
 
-    def __init__(self, model: Harmon) -> None:
+    kinds: of drawings, each with a map of its own: what is told is to be of the picture, whatever is drawn.
+    """
+
+    def __init__(self, model: Harmon, kinds: int) -> None:
         mar = model.config.mar
         self.model, self.told = model, torch.empty(0)
-        self.linear = nn.Linear(mar.decoder_width, mar.token_width)
-        self.optimizer = torch.optim.Adam(self.linear.parameters())
+        self.maps = nn.ModuleList(nn.Linear(mar.decoder_width, mar.token_width) for _ in range(kinds))
+        self.optimizer = torch.optim.Adam(self.maps.parameters())
         model.mar.decoder_norm.register_forward_hook(self._hear)
 
     def _hear(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.told = output[:, self.model.config.mar.buffer_size :]
 
-    def loss(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any, kinds: Sequence[int]) -> Tensor:
         """Mean squared error over the masked cells, of latents with a standard deviation near 1."""
         wanted = self.model.codes_of(batch)[batch.target_source]
-        found = self.linear(self.told.flatten(0, 1)[batch.loss_rows])
-        return (found - wanted.flatten(0, 1)[batch.loss_rows]).square().mean()
+        found = torch.stack([self.maps[kind](told) for kind, told in zip(kinds, self.told, strict=True)])
+        return (found.flatten(0, 1) - wanted.flatten(0, 1))[batch.loss_rows].square().mean()
 
     def step(self) -> None:
         self.optimizer.step()
