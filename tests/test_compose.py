@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -253,6 +254,19 @@ def test_nothing_is_written_and_logging_is_left_alone(
     compose("train", ["seed=1"], RunConfig)
     assert list(tmp_path.iterdir()) == []
     assert (logging.root.handlers, logging.root.level) == (handlers, level)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg"])
+def test_a_reader_may_stop_early(flag: str) -> None:
+    """As `head` does: the other end of the pipe is closed before anything is written."""
+    kept, written = os.pipe()
+    os.close(kept)
+    command = [sys.executable, "-m", "unimrg.train", flag]
+    with os.fdopen(written, "w") as closed:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_is_quick() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
 import typing
@@ -85,11 +86,11 @@ def run_command(
     try:
         if flags - {"--cfg"}:
             values = _merge(config_name, overrides, schema)
-            print(usage(_program(main), description, examples, _options(config_name), schema, values))
+            _show(usage(_program(main), description, examples, _options(config_name), schema, values) + "\n")
             return 0
         config = compose(config_name, overrides, schema)
         if flags:
-            print(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True), end="")
+            _show(yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True))
             return 0
         return main(config) or 0
     except UnimrgError as error:
@@ -97,6 +98,15 @@ def run_command(
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _show(text: str) -> None:
+    """Print; a reader that has seen enough, like `head`, isn't an error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # Else the interpreter complains when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _program(main: Callable[..., Any]) -> str:
