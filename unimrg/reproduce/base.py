@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
@@ -118,34 +119,22 @@ def make_base(config: BaseConfig, folder: Path, tell: Callable[[str], None] = pr
         )
         for split, count in (("train", config.pictures), ("test", config.test))
     }
-    started = time.process_time()
-    name = _naming(model, recipe, tokenizer)
+    seconds = 0.0
     for number, phase in enumerate(phases(config)):
         done = folder / "phases" / f"{number + 1}.safetensors"
-        if done.is_file():
-            load_strictly(model, load_file(done), str(done))
-            continue
-        settings = replace(
-            TRAIN, batch_size=config.batch, steps=max(phase.steps, 1), learning_rate=config.rates[number]
-        )
-        make_batch = None
-        if phase.tasks:
-            make_batch = family.processor(
-                model, tokenizer, settings, phase.tasks, config.seed, from_codes=True
-            )
-        guess = recipe.guess(model, len(phase.drawn)) if recipe.guess and phase.drawn else None
-        lesson = Lesson(config, phase, name, make_batch, encoder, guess)
-        engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
-        for step, some in enumerate(_shown(config, data["train"], phase, number)):
-            said = lesson.step(engine, some, step)
-            if (step + 1) % REPORT_EVERY == 0:
-                tell(f"phase {number + 1}, step {step + 1} of {phase.steps}: {said}")
-        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, done)
+        if not done.is_file():
+            started = time.process_time()
+            _train(config, number, phase, model, tokenizer, encoder, data["train"], tell)
+            tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            save_file(tensors, done, {"cpu_seconds": str(time.process_time() - started)})
+        load_strictly(model, load_file(done), str(done))
+        with safe_open(done, "pt") as file:
+            seconds += float(file.metadata()["cpu_seconds"])
     found = lines(*score(model, tokenizer, config.family, data["test"]))
     tell(table(found))
     result = {
         "config": asdict(config),
-        "cpu_seconds": round(time.process_time() - started, 1),
+        "cpu_seconds": round(seconds, 1),
         "scores": {line.family: line.accuracy for line in found},
         "references": {line.family: line.best_reference for line in found},
         "redrawing": redrawing(config, model, tokenizer, data["train"], data["test"]),
@@ -174,6 +163,33 @@ def _same_recipe(config: BaseConfig, folder: Path) -> None:
         raise ConfigError(f"{folder} holds the phases of another recipe; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(mine, "utf-8")
+
+
+def _train(
+    config: BaseConfig,
+    number: int,
+    phase: Phase,
+    model: Family,
+    tokenizer: Any,
+    encoder: PictureEncoder,
+    data: Sequence[Example],
+    tell: Callable[[str], None],
+) -> None:
+    """Train a phase; `number` counts from 0."""
+    family, recipe = load_family(config.family), RECIPES[config.family]
+    settings = replace(
+        TRAIN, batch_size=config.batch, steps=max(phase.steps, 1), learning_rate=config.rates[number]
+    )
+    make_batch = None
+    if phase.tasks:
+        make_batch = family.processor(model, tokenizer, settings, phase.tasks, config.seed, from_codes=True)
+    guess = recipe.guess(model, len(phase.drawn)) if recipe.guess and phase.drawn else None
+    lesson = Lesson(config, phase, _naming(model, recipe, tokenizer), make_batch, encoder, guess)
+    engine = make_engine(model, settings, EngineConfig(name="torch"), torch.device("cpu"))
+    for step, some in enumerate(_shown(config, data, phase, number)):
+        said = lesson.step(engine, some, step)
+        if (step + 1) % REPORT_EVERY == 0:
+            tell(f"phase {number + 1}, step {step + 1} of {phase.steps}: {said}")
 
 
 def _shown(config: BaseConfig, data: Sequence[Example], phase: Phase, number: int) -> Iterator[list[Example]]:
