@@ -20,8 +20,8 @@ questions; controls draw other pictures, or answer for longer. Prints a table; w
 Finished trials are kept: the same command goes on where it was stopped."""
 EXAMPLES = (
     "python -m unimrg.reproduce size=laptop",
-    "python -m unimrg.reproduce size=laptop name=scarce pictures=100",
-    "python -m unimrg.reproduce size=laptop name=strong pixel=1 depth=1 segmentation=1",
+    "python -m unimrg.reproduce size=laptop name=scarce pictures=300 extra_pictures=4000",
+    "python -m unimrg.reproduce size=laptop name=weak pixel=0.1 depth=0.1 segmentation=0.1",
 )
 
 

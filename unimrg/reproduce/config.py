@@ -64,9 +64,9 @@ class ReproduceConfig:
     )
     questions: int = knob(10, "per picture and step")
     learning_rate: float = knob(3e-4, "peak, after the warm-up")
-    pixel: float = knob(0.1, "weight of redrawing, understanding being 1")
-    depth: float = knob(0.1, "weight of depth")
-    segmentation: float = knob(0.1, "weight of boundaries")
+    pixel: float = knob(1.0, "weight of redrawing, understanding being 1")
+    depth: float = knob(1.0, "weight of depth")
+    segmentation: float = knob(1.0, "weight of boundaries")
     grad_scale: float = knob(
         -1.0, "factor on the gradient from looked-at pictures, 0..1; -1 = the base's own"
     )
