@@ -692,13 +692,17 @@ def test_the_base_looks_while_it_draws() -> None:
     assert own < 0.7 * other, (own, other)
 
 
+INSTEAD = ("grey", "shuffled")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RECIPES)
-@pytest.mark.parametrize("kind", ["grey", "shuffled"])
+@pytest.mark.parametrize("kind", INSTEAD)
 def test_without_its_picture_the_base_is_at_chance(kind: str, family: str) -> None:
     """One question a family and picture: what one wrong picture says of several isn't independent.
 
-    And a model that doesn't see the picture is right about both orders of a comparison or about neither.
+    And a model that doesn't see the picture is right about both orders of a comparison or about neither. By
+    luck alone, one of all that is looked at here fails once in a hundred bases.
     """
     data, (model, tokenizer) = fresh_pictures(family), base(family)
     nothing = replace(data[0], image=grey(model.config.image_size), codes={"image": model.grey_codes()})
@@ -709,13 +713,14 @@ def test_without_its_picture_the_base_is_at_chance(kind: str, family: str) -> No
         kept.setdefault((found.family, found.scenes), []).append((found, mark))
     picked = [some[luck.integers(len(some))] for some in kept.values()]
     answers = [found.answer if mark else "" for found, mark in picked]
-    assert gate([found for found, _ in picked], answers) == []
+    confidence = 1 - 0.01 / (len(FAMILIES) * len(INSTEAD) * len(RECIPES))
+    assert gate([found for found, _ in picked], answers, confidence) == []
 
 
 @pytest.mark.slow
 def test_understanding_alone_improves_the_base(tmp_path: Path) -> None:
     """Of the drawings nothing is asserted: what they do is what the reproduction asks."""
-    config = compose("reproduce", ["size=laptop", "arms=[base,sft]", "seeds=1"], ReproduceConfig)
+    config = compose("reproduce", ["size=laptop", "arms=[base,sft]", "seeds=1", "steps=600"], ReproduceConfig)
     config.storage_path = str(tmp_path)
     before, after = runs.results(config, lambda words: None)
     assert after["headline"] > before["headline"]
