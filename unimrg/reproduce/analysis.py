@@ -77,10 +77,10 @@ def outcome(results: Sequence[Result]) -> str:
     found = difference(results, "unimrg", "sft", HEADLINE)
     if found is None:
         return "UniMRG and SFT weren't both trained, so nothing can be said about the claim."
-    points = f"{100 * found.mean:+.1f} points"
+    points = f"{_points(found.mean)} points"
     if found.seeds < 2:
         return f"UniMRG is {points} from SFT with one seed: that says nothing; take more seeds."
-    ends = f"95 % interval {100 * found.interval.low:+.1f} to {100 * found.interval.high:+.1f}"
+    ends = f"95 % interval {_points(found.interval.low)} to {_points(found.interval.high)}"
     verdict = "UniMRG and SFT can't be told apart"
     if found.clear:
         verdict = f"UniMRG is {'better' if found.mean > 0 else 'worse'} than SFT"
@@ -111,7 +111,7 @@ def looking(results: Sequence[Result]) -> str:
 def table(results: Sequence[Result], arms: Sequence[str]) -> list[list[str]]:
     """Rows of text: head, one per arm, and the references; percent, differences in points."""
     families = [name for name in results[0]["families"] if name != "all"]
-    rows = [["arm", "seeds", "headline", "- sft", "95 %", *families, "CPU s"]]
+    rows = [["arm", "seeds", "headline", "\u2212 sft", "95 %", *families, "CPU s"]]
     for arm in arms:
         if not (mine := of(results, arm)):
             continue
@@ -145,4 +145,4 @@ def _percent(share: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:+.1f}" if math.isfinite(share) else "?"
+    return f"{100 * share:+.1f}".replace("-", "\u2212") if math.isfinite(share) else "?"
